@@ -1,0 +1,47 @@
+# Everything a person types. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench lock clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The environment, from the hashed lock; made anew only when the lock changes.
+$(VENV)/.installed: requirements-dev.lock pyproject.toml
+	@command -v $(PYTHON) > /dev/null || { echo "make: $(PYTHON) is missing. Install Python 3.11 (Debian: apt-get install python3.11 python3.11-venv) or say PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11; say PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "make: $(PYTHON) has no venv module (Debian: apt-get install python3.11-venv)"; exit 1; }
+	@echo "==> installing about 220 packages into $(VENV) (5 GB with the CUDA libraries of torch; some minutes, once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(VENV)/.installed ## the whole of it on simulated annotators: minutes, no GPU, no network
+	@mkdir -p $(DEMO)
+	@test -s $(DEMO)/pseudonym.key || $(BIN)/python -c 'import secrets; print(secrets.token_hex(32))' > $(DEMO)/pseudonym.key
+	COTERIE_PSEUDONYM_KEY_FILE=$(DEMO)/pseudonym.key $(BIN)/coterie run recipes/quickstart.yaml --out $(DEMO)
+
+test: $(VENV)/.installed ## all tests that need no cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed ## ruff, mypy, and the compiled pipeline
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## the figures of the README, each beside its reference
+	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.discovery
+
+lock: ## resolve the dependencies anew (needs uv)
+	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra all -o requirements.lock
+	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra dev -c requirements.lock -o requirements-dev.lock
+
+clean: ## remove what the demo and the tools left
+	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,72 @@
+"""Components that find the coteries: embed, cluster, and publish to Feast."""
+
+# No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
+from kfp import dsl
+
+from components.image import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def embed(
+    comparisons: dsl.Input[dsl.Dataset],
+    vectors: dsl.Input[dsl.Dataset],
+    embedded: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    components: int,
+    style: bool,
+    rank: str,
+    max_rank: int,
+    splits: int,
+    seed: int,
+):
+    """Worker embeddings, learned jointly with the reward."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import EmbedSettings
+
+    settings = EmbedSettings.of(
+        components=components, style=style, rank=rank, max_rank=max_rank, splits=splits, seed=seed
+    )  # fmt: skip
+    artifacts.run(
+        stages.embed, out=embedded, metrics=metrics, comparisons=comparisons, vectors=vectors, settings=settings
+    )
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def cluster(
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    coteries: str,
+    max_coteries: int,
+    method: str,
+    splits: int,
+    seed: int,
+) -> list:
+    """The verdict, the number of coteries and every worker's posterior; returns the coteries' ids."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import ClusterSettings
+
+    settings = ClusterSettings.of(
+        coteries=coteries, max_coteries=max_coteries, method=method, splits=splits, seed=seed
+    )  # fmt: skip
+    figures = artifacts.run(stages.cluster, out=clustered, metrics=metrics, embedded=embedded, settings=settings)
+    return list(range(figures["selection"]["coteries"]))
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def publish(
+    clustered: dsl.Input[dsl.Dataset],
+    profiles: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    project: str,
+    online_store: str,
+):
+    """Worker profiles into Feast."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import PublishSettings
+
+    settings = PublishSettings.of(project=project, online_store=online_store)
+    artifacts.run(stages.publish, out=profiles, metrics=metrics, clustered=clustered, settings=settings)

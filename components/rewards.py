@@ -1,0 +1,130 @@
+"""Components that make and judge rewards: the global one, one a coterie, evaluation with its gate, bundle, report."""
+
+# No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
+from typing import List  # noqa: UP035 - Kubeflow knows List[Model], not list[Model]
+
+from kfp import dsl
+
+from components.image import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def global_reward(
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Input[dsl.Dataset],
+    reward: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    precision: str,
+    seed: int,
+):
+    """The reward of everybody together."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import RewardSettings
+
+    settings = RewardSettings.of(precision=precision, seed=seed)
+    artifacts.run(
+        stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings
+    )
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def coterie_reward(
+    coterie: int,
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Input[dsl.Dataset],
+    global_reward: dsl.Input[dsl.Model],
+    reward: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    precision: str,
+    seed: int,
+):
+    """The reward of one coterie, started from the global one and pulled towards it."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import RewardSettings
+
+    settings = RewardSettings.of(precision=precision, seed=seed)
+    artifacts.run(
+        stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,
+        coterie=int(coterie), global_reward=global_reward,
+    )  # fmt: skip
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def evaluate(
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Input[dsl.Dataset],
+    global_reward: dsl.Input[dsl.Model],
+    coterie_rewards: dsl.Input[List[dsl.Model]],  # noqa: UP006
+    evaluated: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    replicates: int,
+    level: float,
+    seed: int,
+):
+    """Own against global against wrong coterie on test prompts; the gate on validation prompts."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import EvaluateSettings
+
+    settings = EvaluateSettings.of(replicates=replicates, level=level, seed=seed)
+    artifacts.run(
+        stages.evaluate, out=evaluated, metrics=metrics, embedded=embedded, clustered=clustered,
+        rewards=[global_reward, *coterie_rewards], settings=settings,
+    )  # fmt: skip
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def bundle(
+    comparisons: dsl.Input[dsl.Dataset],
+    vectors: dsl.Input[dsl.Dataset],
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Input[dsl.Dataset],
+    global_reward: dsl.Input[dsl.Model],
+    coterie_rewards: dsl.Input[List[dsl.Model]],  # noqa: UP006
+    evaluated: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+    name: str,
+    reference: int,
+):
+    """Everything that serves, as one versioned and checksummed artifact."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import BundleSettings
+
+    figures = artifacts.run(
+        stages.bundle, out=model, ingested=comparisons, encoded=vectors, embedded=embedded, clustered=clustered,
+        rewards=[global_reward, *coterie_rewards], evaluated=evaluated,
+        settings=BundleSettings.of(name=name, reference=reference),
+    )  # fmt: skip
+    model.metadata.update(model_version=figures["model_version"], mixture_version=figures["mixture_version"])
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def report(
+    comparisons: dsl.Input[dsl.Dataset],
+    vectors: dsl.Input[dsl.Dataset],
+    embedded: dsl.Input[dsl.Dataset],
+    clustered: dsl.Input[dsl.Dataset],
+    global_reward: dsl.Input[dsl.Model],
+    coterie_rewards: dsl.Input[List[dsl.Model]],  # noqa: UP006
+    evaluated: dsl.Input[dsl.Dataset],
+    out: dsl.Output[dsl.Dataset],
+    page: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    title: str,
+):
+    """The report for people, and metrics.json for programs."""
+    from pathlib import Path
+
+    from components import artifacts
+    from coterie import stages
+    from coterie.report import report_markdown
+
+    figures = artifacts.run(
+        stages.report, out=out, ingested=comparisons, encoded=vectors, embedded=embedded, clustered=clustered,
+        rewards=[global_reward, *coterie_rewards], evaluated=evaluated, title=title,
+    )  # fmt: skip
+    artifacts.show(summary, report_markdown(figures))
+    artifacts.show(page, (Path(out.path) / "report.html").read_text(encoding="utf-8"))

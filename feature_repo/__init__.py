@@ -1,0 +1,1 @@
+"""Worker profiles in Feast: definitions derived from the contracts, publication, lookups."""

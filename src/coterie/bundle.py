@@ -1,0 +1,281 @@
+"""The bundle: everything that serves, as one versioned folder whose every file has its sum in manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from coterie import __version__
+from coterie.config import BundleSettings
+from coterie.contracts import (
+    COMPARISON,
+    FEATURES_FILE,
+    GLOBAL,
+    HEAD_FILE,
+    MIXTURE_FILE,
+    MODEL_FILE,
+    TEST,
+    VECTOR,
+    BaseModelReference,
+    Gate,
+    Manifest,
+    matrix,
+    replacing,
+    write_text,
+)
+from coterie.discovery.features import FeatureMap
+from coterie.errors import BadBundle, BadData
+from coterie.rewards import RewardHead
+
+MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = "manifest.json", "golden.json", "reference.safetensors", "README.md"
+_OF_THE_STAGE = {"stage.json", "metrics.json"}  # the stage's own records, beside the bundle's files
+_GOLDEN_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: what it is.
+        features: from vectors and style to h.
+        heads: rewards by name, `global`, `coterie-0` ...
+        golden: texts with the scores that they had when the bundle was made.
+    """
+
+    path: Path
+    manifest: Manifest
+    features: FeatureMap
+    heads: dict[str, RewardHead]
+    golden: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path, verify: bool = True) -> Self:
+        """Read the bundle in folder `path`; with `verify`, check the sum of every file first.
+
+        Raises:
+            BadBundle: not a bundle, of a newer schema, or with files that are missing, changed or not in the manifest.
+        """
+        manifest = _read_manifest(path)
+        if verify:
+            _verify(path, manifest)
+        try:
+            heads = {
+                folder.name: RewardHead.load(folder)
+                for folder in sorted((path / "rewards").iterdir())
+                if folder.is_dir()
+            }
+            features = FeatureMap.load(path / FEATURES_FILE)
+            golden = json.loads((path / GOLDEN_FILE).read_text(encoding="utf-8"))
+        except (BadData, OSError, ValueError) as error:
+            raise BadBundle(f"{path}: {error}") from error
+        wanted = {GLOBAL} | {f"coterie-{gate.coterie}" for gate in manifest.gates if gate.serves == "own"}
+        if missing := wanted - heads.keys():
+            raise BadBundle(f"{path}: the manifest serves {', '.join(sorted(missing))}, which is not there. Make it again.")
+        return cls(path, manifest, features, heads, golden)
+
+    @property
+    def encoder(self) -> BaseModelReference:
+        """The encoder that the features were learned on."""
+        return next(model for model in self.manifest.base_models if model.role == "encoder")
+
+    @property
+    def max_tokens(self) -> int:
+        """Where that encoder cut its texts."""
+        return int(self.manifest.metrics["encoder_max_tokens"])
+
+
+def build_bundle(
+    *,
+    ingested: Path,
+    encoded: Path,
+    embedded: Path,
+    clustered: Path,
+    rewards: Mapping[str, Path],
+    evaluated: Path,
+    out: Path,
+    settings: BundleSettings,
+) -> dict[str, Any]:
+    """Write a bundle into the folder `out` from the folders of the stages; `rewards` by name.
+
+    The same inputs make the same bytes. Rewards are centred on a reference set of responses that travels with them.
+
+    Returns:
+        model_version, mixture_version, the number of files and their bytes.
+
+    Raises:
+        BadData: a stage's file is missing or is something else.
+    """
+    selection, evaluation, discovery = (_json(folder / "metrics.json") for folder in (clustered, evaluated, embedded))
+    encoder = VECTOR.metadata(encoded / "vectors.parquet")
+    features = FeatureMap.load(embedded / FEATURES_FILE)
+    table = VECTOR.read(encoded / "vectors.parquet")
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(len(table), min(settings.reference, len(table)), replace=False))
+    part = table.take(rows)
+    reference = features.transform(matrix(part["vector"]), matrix(part["style"]))
+    heads = {name: RewardHead.load(folder).centered(reference) for name, folder in rewards.items()}
+    gates = [Gate(**gate) for gate in evaluation["gates"]]
+
+    for file, source in {FEATURES_FILE: embedded, MODEL_FILE: embedded, MIXTURE_FILE: clustered}.items():
+        with replacing(out / file) as temporary:
+            temporary.write_bytes((source / file).read_bytes())
+    for name, head in heads.items():
+        head.save(out / "rewards" / name / HEAD_FILE)
+    with replacing(out / REFERENCE_FILE) as temporary:
+        from safetensors.numpy import save_file
+
+        save_file({"features": np.ascontiguousarray(reference)}, temporary)
+    golden = _golden(ingested / "comparisons.parquet", table, features, heads, gates)
+    write_text(out / GOLDEN_FILE, json.dumps(golden, indent=1, ensure_ascii=False))
+
+    figures = {
+        "encoder_max_tokens": float(encoder["max_tokens"]),
+        "test_accuracy": float(evaluation["heldout"]["seen"]["accuracy"]),
+        "test_log_loss": float(evaluation["heldout"]["seen"]["log_loss"]),
+        "half_split_ari": float(selection["stability"].get("half_split_ari") or 0.0),
+    }
+    described: dict[str, Any] = {
+        "name": settings.name,
+        "mixture_version": selection["mixture_version"],
+        "created_by": f"coterie {__version__}",
+        "seed": int(selection.get("seed", 0)),
+        "base_models": [BaseModelReference(name=encoder["encoder"], revision=encoder["revision"], role="encoder")],
+        "coteries": int(selection["selection"]["coteries"]),
+        "rank": int(discovery["rank"]),
+        "features": features.size,
+        "style_names": json.loads(encoder["style_names"])[: len(features.style_mean)],
+        "verdict": selection["selection"]["verdict"],
+        "key_fingerprint": _json(ingested / "metrics.json").get("key_fingerprint"),
+        "gates": gates,
+        "metrics": figures,
+    }
+    write_text(out / CARD_FILE, _card(described, evaluation))
+    files = {name: _sha256(out / name) for name in _files(out)}
+    version = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+    manifest = Manifest(model_version=version, files=files, **described)
+    write_text(out / MANIFEST_FILE, manifest.model_dump_json(indent=1))
+    return {
+        "model_version": version,
+        "mixture_version": manifest.mixture_version,
+        "files": len(files),
+        "bytes": sum((out / name).stat().st_size for name in files),
+    }
+
+
+def _golden(
+    comparisons: Path, vectors: Any, features: FeatureMap, heads: Mapping[str, RewardHead], gates: list[Gate]
+) -> list[dict[str, Any]]:
+    """Scores of a few test pairs, by the global head and by what each coterie serves."""
+    columns = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id", "pair_id", "split"]
+    table = COMPARISON.read(comparisons, columns)
+    held = table.filter(pc.equal(table["split"].cast("string"), TEST))
+    rows = (held if len(held) else table).sort_by("pair_id").to_pylist()
+    picked = list({row["prompt"]: row for row in rows}.values())[:_GOLDEN_PROMPTS]
+    where = {name: i for i, name in enumerate(vectors["response_id"].to_pylist())}
+    served = [heads[f"coterie-{gate.coterie}"] if gate.serves == "own" else heads[GLOBAL] for gate in gates]
+    golden = []
+    for row in picked:
+        pair = vectors.take([where[row["chosen_id"]], where[row["rejected_id"]]])
+        h = features.transform(matrix(pair["vector"]), matrix(pair["style"]))
+        golden.append(
+            {
+                "prompt": row["prompt"],
+                "responses": [row["chosen"], row["rejected"]],
+                "global": heads[GLOBAL].score(h).round(6).tolist(),
+                "coteries": np.stack([head.score(h) for head in served], axis=1).round(6).tolist(),
+            }
+        )
+    return golden
+
+
+def _card(described: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """The model card, with the header that Hugging Face reads."""
+    encoder = described["base_models"][0]
+    gates = "\n".join(f"| {gate.coterie} | {gate.serves} | {gate.reason} |" for gate in described["gates"])
+    figures = described["metrics"]
+    return f"""---
+library_name: coterie
+pipeline_tag: text-classification
+tags: [reward-model, preferences, personalization]
+---
+
+# {described["name"]}
+
+Rewards for the coteries of one set of annotators, as linear heads on {described["features"]} features of the encoder
+`{encoder.name}` (revision `{encoder.revision}`). Verdict of the analysis: **{described["verdict"]}**,
+{described["coteries"]} coterie{"s" if described["coteries"] > 1 else ""}.
+
+Test prompts, macro over workers: accuracy {figures["test_accuracy"]:.3f}, log-loss {figures["test_log_loss"]:.4f}.
+
+| coterie | serves | because |
+|---|---|---|
+{gates}
+
+A score of 0 is an average response of the reference set; the logistic function of a difference of two scores is the
+probability that a person of that coterie prefers the first. Mixture `{described["mixture_version"]}`: a worker's
+posterior means something beside this mixture only.
+
+Load it with `coterie score` or `coterie serve`. Made by {described["created_by"]}.
+"""
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadBundle(f"{path}: no {MANIFEST_FILE}, so no bundle. Give the folder that `coterie bundle` wrote.") from error
+    except (OSError, ValueError) as error:
+        raise BadBundle(f"{file}: not readable ({error}). Fetch or make the bundle again.") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    known = Manifest.model_fields["schema_version"].default
+    if version != known:
+        newer = isinstance(version, int) and version > known
+        remedy = "Upgrade coterie." if newer else "Make the bundle again with this version of coterie."
+        raise BadBundle(f"{file}: manifest schema version {version}, this program reads {known}. {remedy}")
+    try:
+        return Manifest(**raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadBundle(f"{file}: {place}: {first['msg']}. Fetch or make the bundle again.") from error
+
+
+def _verify(path: Path, manifest: Manifest) -> None:
+    found = set(_files(path))
+    for name, expected in manifest.files.items():
+        if name not in found:
+            raise BadBundle(f"{path}: {name} is missing. Fetch or make the bundle again.")
+        if _sha256(path / name) != expected:
+            raise BadBundle(f"{path}: {name} is not the file that the manifest names (SHA-256). Fetch the bundle again.")
+    if foreign := sorted(found - manifest.files.keys()):
+        raise BadBundle(f"{path}: {', '.join(foreign)} is not in the manifest. Remove it, or fetch the bundle again.")
+
+
+def _files(path: Path) -> list[str]:
+    own = {MANIFEST_FILE, *_OF_THE_STAGE}
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in names if name not in own)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path}: not readable ({error}). Run the stage that writes it again.") from error
+    return content

@@ -1,0 +1,273 @@
+"""The `coterie` command. Every stage is a command, with the options that its settings name.
+
+Exit codes: 0 done, 2 bad input or settings, 3 a failed run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+
+from coterie import __version__, config, stages
+from coterie.errors import BadConfiguration, CoterieError
+from coterie.simulation.annotators import SimulationSettings
+
+PathOption = click.Path(path_type=Path)
+
+
+def settings_options(kind: type[config.Settings], *leave_out: str) -> Callable[[Any], Any]:
+    """Options for the fields of a settings class: same names, same defaults, its descriptions as help."""
+
+    def decorate(command: Any) -> Any:
+        for name, field in reversed(kind.model_fields.items()):
+            if name in leave_out:
+                continue
+            flag, default = f"--{name.replace('_', '-')}", field.default
+            text = field.description or ""
+            if isinstance(default, bool):
+                option = click.option(f"{flag}/--no-{name.replace('_', '-')}", name, default=default, help=text)
+            elif isinstance(default, dict):
+                option = click.option(flag, name, multiple=True, metavar="KEY=VALUE", help=text)
+            else:
+                choices = typing.get_args(field.annotation)
+                literal = bool(choices) and all(isinstance(choice, str) for choice in choices)
+                option = click.option(
+                    flag,
+                    name,
+                    default=default,
+                    type=click.Choice(choices) if literal else None if isinstance(default, int | float) else str,
+                    show_default=True,
+                    help=text,
+                )
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def read_settings(kind: type[config.Settings], values: dict[str, Any]) -> Any:
+    """Make settings of a command's options."""
+    pairs = {}
+    for name, value in values.items():
+        if isinstance(kind.model_fields[name].default, dict):
+            bad = [item for item in value if "=" not in item]
+            if bad:
+                raise BadConfiguration(f"--{name} {bad[0]}: write it as KEY=VALUE, for example worker_id=annotator")
+            value = dict(item.split("=", 1) for item in value)
+        pairs[name] = value
+    return kind.of(**pairs)
+
+
+class _Group(click.Group):
+    """Ends with a message and an exit code, never with a traceback, where coterie itself refuses."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CoterieError as error:
+            click.secho(f"coterie: {error}", fg="red", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.secho("coterie: interrupted; nothing half-written was left. Start it again to go on.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--verbose", "-v", is_flag=True, help="say more")
+def main(verbose: bool) -> None:
+    """Find the groups of annotators who agree with each other, and give each group its own reward."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    logging.getLogger("coterie").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole
+@main.command()
+@click.argument("recipe", type=PathOption)
+@click.option("--set", "overrides", multiple=True, metavar="STAGE.FIELD=VALUE", help="override a setting of the recipe")
+@click.option("--out", type=PathOption, required=True, help="folder of the run")
+def run(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
+    """All stages of RECIPE, as a Kubeflow pipeline in this process; results in OUT, a folder a stage."""
+    settings = config.load_recipe(recipe, overrides)
+    stages.adapter("pipelines.local").run(settings, out)
+    from coterie.summary import closing_words
+
+    click.echo(closing_words(out))
+
+
+@main.command()
+@click.option("--out", type=PathOption, required=True)
+@settings_options(SimulationSettings)
+def simulate(out: Path, **values: Any) -> None:
+    """Annotators with known tastes over made-up texts: OUT/preferences.jsonl and OUT/truth.json."""
+    from coterie.simulation import write_simulation
+
+    written = write_simulation(read_settings(SimulationSettings, values), out)
+    click.echo(f"{written['comparisons']:,} comparisons of {written['workers']:,} annotators in {out}/preferences.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------------ the stages
+@main.command()
+@click.argument("source", nargs=-1, required=True)
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.IngestSettings, "source")
+def ingest(source: tuple[str, ...], out: Path, **values: Any) -> None:
+    """Preferences with worker ids from SOURCE... into OUT/comparisons.parquet; refused rows into quarantine.parquet."""
+    from coterie.ingest import data_report_markdown
+
+    settings = read_settings(config.IngestSettings, values).model_copy(update={"source": list(source)})
+    click.echo(data_report_markdown(stages.ingest(out, settings)))
+
+
+@main.command()
+@click.option("--comparisons", type=PathOption, required=True, help="comparisons.parquet, or the folder of ingest")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.EncodeSettings)
+def encode(comparisons: Path, out: Path, **values: Any) -> None:
+    """One vector a unique response of the comparisons."""
+    _echo(stages.encode(comparisons, out, read_settings(config.EncodeSettings, values)))
+
+
+@main.command()
+@click.option("--comparisons", type=PathOption, required=True, help="comparisons.parquet, or the folder of ingest")
+@click.option("--vectors", type=PathOption, required=True, help="folder of encode")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.EmbedSettings)
+def embed(comparisons: Path, vectors: Path, out: Path, **values: Any) -> None:
+    """Worker embeddings, learned jointly with the reward."""
+    _echo(stages.embed(comparisons, vectors, out, read_settings(config.EmbedSettings, values)))
+
+
+@main.command()
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.ClusterSettings)
+def cluster(embedded: Path, out: Path, **values: Any) -> None:
+    """The verdict, the coteries, and every worker's posterior."""
+    _echo(stages.cluster(embedded, out, read_settings(config.ClusterSettings, values)))
+
+
+@main.command()
+@click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.PublishSettings)
+def publish(clustered: Path, out: Path, **values: Any) -> None:
+    """Worker profiles into Feast."""
+    _echo(stages.publish(clustered, out, read_settings(config.PublishSettings, values)))
+
+
+@main.command()
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed")
+@click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
+@click.option("--coterie", type=int, help="only this coterie; the global reward must be in OUT/global already")
+@click.option("--out", type=PathOption, required=True, help="a folder a reward is made in it")
+@settings_options(config.RewardSettings)
+def reward(embedded: Path, clustered: Path, coterie: int | None, out: Path, **values: Any) -> None:
+    """The global reward and one a coterie, into OUT/global, OUT/coterie-0 ..."""
+    settings = read_settings(config.RewardSettings, values)
+    common = out / stages.reward_name(None)
+    if coterie is None:
+        _echo(stages.reward(embedded, clustered, common, settings))
+    wanted = range(stages.read_metrics(clustered)["selection"]["coteries"]) if coterie is None else [coterie]
+    for k in wanted:
+        _echo(stages.reward(embedded, clustered, out / stages.reward_name(k), settings, k, common))
+
+
+@main.command()
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed")
+@click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
+@click.option("--rewards", type=PathOption, required=True, help="folder of the rewards")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.EvaluateSettings)
+def evaluate(embedded: Path, clustered: Path, rewards: Path, out: Path, **values: Any) -> None:
+    """Own against global against wrong coterie on test prompts; the gate on validation prompts."""
+    settings = read_settings(config.EvaluateSettings, values)
+    _echo(stages.evaluate(embedded, clustered, _rewards(rewards), out, settings))
+
+
+@main.command()
+@click.argument("folder", type=PathOption)
+@click.option("--out", type=PathOption, help="default: FOLDER/bundle")
+@settings_options(config.BundleSettings)
+def bundle(folder: Path, out: Path | None, **values: Any) -> None:
+    """One checksummed artifact of everything that serves, from the stage folders in FOLDER."""
+    settings = read_settings(config.BundleSettings, values)
+    _echo(stages.bundle(**_stage_folders(folder), out=out or folder / "bundle", settings=settings))
+
+
+@main.command()
+@click.argument("folder", type=PathOption)
+@click.option("--out", type=PathOption, help="default: FOLDER/report")
+@click.option("--title", default="coterie", show_default=True)
+def report(folder: Path, out: Path | None, title: str) -> None:
+    """report.html and metrics.json from the stage folders in FOLDER."""
+    target = out or folder / "report"
+    stages.report(**_stage_folders(folder), out=target, title=title)
+    click.echo(target / "report.html")
+
+
+# ------------------------------------------------------------------------------------------------------------- the bundle
+@main.command()
+@click.argument("bundle", type=PathOption)
+@click.option("--worker", help="worker id as the application knows it")
+@click.option("--pseudonym", help="worker id as the profiles hold it, instead of --worker")
+@click.option("--prompt", required=True)
+@click.option("--response", "responses", multiple=True, required=True, help="once for every candidate")
+@click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
+@click.option("--json", "as_json", is_flag=True, help="print the prediction as JSON")
+def score(
+    bundle: Path,
+    worker: str | None,
+    pseudonym: str | None,
+    prompt: str,
+    responses: tuple[str, ...],
+    profiles: Path | None,
+    as_json: bool,
+) -> None:
+    """Score responses for a person by the reward of their coterie; a stranger by the global one."""
+    from coterie.summary import predict
+
+    prediction = predict(bundle, profiles or bundle.parent / "publish", prompt, list(responses), worker, pseudonym)
+    if as_json:
+        click.echo(prediction.model_dump_json())
+        return
+    whose = "the global reward" if prediction.source == "global" else f"coterie {prediction.coterie}"
+    click.echo(f"scored by {whose}" + (f" ({prediction.reason})" if prediction.reason else ""))
+    for i, (value, text) in enumerate(zip(prediction.scores, responses, strict=True)):
+        click.echo(f"{'->' if i == prediction.best else '  '} {value:+.3f}  {text[:90]}")
+
+
+@main.command()
+@click.argument("bundle", type=PathOption)
+@click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+def serve(bundle: Path, profiles: Path | None, host: str, port: int) -> None:
+    """A KServe model server with router and predictor on this machine."""
+    server = stages.adapter("serving.server")
+    server.serve(bundle, profiles or bundle.parent / "publish", port=port, host=host)
+
+
+def _rewards(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{stages.STAGE_FILE}"))
+
+
+def _stage_folders(folder: Path) -> dict[str, Any]:
+    names = {"ingested": "ingest", "encoded": "encode", "embedded": "embed", "clustered": "cluster", "evaluated": "evaluate"}
+    return {key: folder / name for key, name in names.items()} | {"rewards": _rewards(folder / "rewards")}
+
+
+def _echo(metrics: dict[str, Any]) -> None:
+    click.echo(orjson.dumps(metrics, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS).decode())
+
+
+if __name__ == "__main__":
+    main()

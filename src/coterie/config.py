@@ -1,0 +1,197 @@
+"""Settings of every stage, and the recipe that names one run.
+
+The fields here are the command line's options, the components' parameters and the recipe's keys: one name, one default.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from coterie.errors import BadConfiguration
+
+Format = Literal["auto", "openai", "trl", "prism", "table", "coterie"]
+
+
+class Settings(BaseModel):
+    """Base of every stage's settings: frozen, and no key that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make the settings of `values`. Raises BadConfiguration in words."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise BadConfiguration(_in_words(cls.__name__.removesuffix("Settings").lower(), error)) from error
+
+
+class IngestSettings(Settings):
+    """From raw preferences to comparisons."""
+
+    source: list[str] = Field(
+        default=["simulated://groups"],
+        description="files, globs, s3://, hf://, or simulated://SETTING?workers=..&seed=..",
+    )
+    format: Format = Field(default="auto", description="the sources' format; auto looks")
+    columns: dict[str, str] = Field(default={}, description="for tables: our column = theirs, as in worker_id=annotator")
+    pseudonyms: Literal["keyed", "none"] = Field(
+        default="keyed", description="keyed: HMAC-SHA-256 of the worker ids; none: keep them as they are"
+    )
+    max_refused: float = Field(default=0.05, ge=0, le=1, description="largest share of refused rows before the run fails")
+    validation_share: float = Field(default=0.15, gt=0, lt=0.5, description="share of prompts that gates are judged on")
+    test_share: float = Field(default=0.2, gt=0, lt=0.5, description="share of prompts that only reports see")
+    seed: int = Field(default=0, ge=0, description="decides which prompts are held out")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class EncodeSettings(Settings):
+    """From texts to vectors."""
+
+    encoder: str = Field(
+        default="minilm",
+        description="minilm, a sentence-transformers model, or last-token:MODEL for any transformers causal or reward model",
+    )
+    revision: str = Field(default="main", description="the model's revision on the hub; a local folder has none")
+    max_tokens: int = Field(default=256, ge=8, description="longer texts are cut, and counted")
+    batch_size: int = Field(default=32, ge=1)
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU")
+
+
+class EmbedSettings(Settings):
+    """Worker embeddings, learned jointly with the reward."""
+
+    components: int = Field(default=32, ge=1, description="principal components kept of the encoder's vector")
+    style: bool = Field(default=True, description="put the readable style features beside them")
+    rank: Literal["auto"] | int = Field(default="auto", description="directions of taste; auto: held-out likelihood")
+    max_rank: int = Field(default=4, ge=1, description="largest rank that auto tries")
+    splits: int = Field(default=3, ge=1, description="item-disjoint splits inside the training prompts")
+    seed: int = Field(default=0, ge=0)
+
+
+class ClusterSettings(Settings):
+    """Coteries of workers."""
+
+    coteries: Literal["auto"] | int = Field(default="auto", description="number of coteries; auto: held-out likelihood")
+    max_coteries: int = Field(default=6, ge=1, description="largest number that auto tries")
+    method: Literal["mixture", "kmeans", "ward", "average"] = Field(
+        default="mixture", description="mixture, or clustering of the worker embeddings"
+    )
+    splits: int = Field(default=3, ge=1, description="item-disjoint splits inside the training prompts")
+    seed: int = Field(default=0, ge=0)
+
+
+class RewardSettings(Settings):
+    """Reward heads: a global one, and one a coterie pulled towards it."""
+
+    precision: Literal["auto"] | float = Field(
+        default="auto", description="precision of the prior around the global head; auto: validation log-loss"
+    )
+    seed: int = Field(default=0, ge=0)
+
+
+class EvaluateSettings(Settings):
+    """Held-out quality, with intervals, and the gate."""
+
+    replicates: int = Field(default=1000, ge=100, description="bootstrap replicates over workers and prompts")
+    level: float = Field(default=0.95, gt=0.5, lt=1, description="confidence level of the intervals")
+    seed: int = Field(default=0, ge=0)
+
+
+class BundleSettings(Settings):
+    """The served artifact."""
+
+    name: str = Field(default="coterie", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="name of the model")
+    reference: int = Field(default=512, ge=32, description="responses that rewards are centred and scaled on")
+
+
+class PublishSettings(Settings):
+    """Worker profiles in Feast."""
+
+    project: str = Field(default="coterie", pattern=r"^[a-z][a-z0-9_]*$", description="Feast project")
+    online_store: Literal["sqlite", "redis"] = Field(
+        default="sqlite", description="sqlite: a file beside the profiles; redis: the server that COTERIE_REDIS names"
+    )
+
+
+class Recipe(Settings):
+    """One run: the settings of every stage."""
+
+    name: str = Field(default="coterie", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+    title: str = "coterie"
+    ingest: IngestSettings = IngestSettings()
+    encode: EncodeSettings = EncodeSettings()
+    embed: EmbedSettings = EmbedSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    reward: RewardSettings = RewardSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    bundle: BundleSettings = BundleSettings()
+    publish: PublishSettings = PublishSettings()
+
+    def arguments(self) -> dict[str, Any]:
+        """The pipeline's parameters: `<stage>_<field>` for every field of every stage that differs from its default."""
+        return {
+            f"{stage}_{field}": value
+            for stage, settings in self
+            if isinstance(settings, Settings)
+            for field, value in settings.model_dump(exclude_defaults=True).items()
+        }
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides of the form `stage.field=value` (the value is YAML).
+
+    Raises:
+        BadConfiguration: no such file, not YAML, an unknown key, or a value out of range; named with its place.
+    """
+    where = Path(path)
+    if not where.is_file():
+        raise BadConfiguration(f"{where}: no such recipe. Recipes that come with coterie lie in recipes/.")
+    try:
+        tree = yaml.safe_load(where.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadConfiguration(f"{where}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadConfiguration(f"{where}: a recipe is a mapping of stage to settings, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe(**tree)
+    except ValidationError as error:
+        raise BadConfiguration(_in_words(str(where), error)) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise BadConfiguration(f"--set {override}: write it as stage.field=value, for example cluster.coteries=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadConfiguration(f"--set {override}: the value is not YAML: {error}") from error
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise BadConfiguration(f"--set {override}: {part} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _in_words(where: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"]) or "settings"
+        hint = "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
+        shown = "" if problem["type"] in {"extra_forbidden", "missing"} else f" (it is {problem['input']!r})"
+        lines.append(f"{place}: {hint}{shown}")
+    return f"{where}: " + "; ".join(dict.fromkeys(lines))

@@ -1,0 +1,290 @@
+"""Tastes that vary along a few directions: theta_i = theta + U a_i, and a_i is the worker's embedding.
+
+The joint learning of embeddings and reward is that of arXiv 2601.20760; LoRe (arXiv 2504.14439) is the
+softmax-weighted relative. Here the embeddings are integrated out with the logistic bound of Jaakkola and Jordan (2000,
+"Bayesian parameter estimation via variational methods"): with E z and E z^2 the moments of a logit under
+q(a_i) = N(mu_i, V_i),
+
+    -log sigmoid(z) <= log 2 cosh(xi / 2) - E z / 2,   xi^2 = E z^2,
+
+tight at xi and quadratic in a_i, so that each worker's posterior has a closed form given xi. Maximising over a_i
+instead of integrating (V_i = 0) lets the basis grow to fit each worker's noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from safetensors.numpy import save_file
+from scipy.linalg import cholesky, solve_triangular
+from scipy.optimize import minimize
+
+from coterie.contracts import LOWRANK_TENSORS, replacing
+from coterie.discovery.logistic import curvature as logistic_curvature
+from coterie.discovery.logistic import gram, log_loss, residual
+from coterie.discovery.pooled import ReliabilityReward, Reward
+from coterie.discovery.votes import PILOT, Array, Votes, random_workers
+from coterie.errors import BadData
+
+_SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objective; they start from the last one's
+_INFER_SWEEPS = 12
+_RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
+
+
+@dataclass
+class _Workers:
+    """The variational posterior of every worker: q(a_i) = N(mean_i, covariance_i), and log beta_i."""
+
+    mean: Array  # [n_workers, r]
+    covariance: Array  # [n_workers, r, r]
+    log_reliability: Array  # [n_workers]
+
+
+class LowRankReward(Reward):
+    """P(chosen > rejected | i) = sigmoid(beta_i x.(theta + U a_i)), a_i ~ N(0, I), log beta_i ~ N(0, tau^2).
+
+    theta and U are found by L-BFGS on the bound of the marginal likelihood (module docstring), with the workers'
+    posteriors optimised out at every evaluation, in coordinates where the pooled Hessian is the identity. U starts
+    from the leading directions of the workers' one-step taste estimates. Where there are many comparisons, it first
+    converges on a random part of the workers.
+
+    U is identified up to a rotation: its columns are orthogonal, by descending length, each one's largest entry
+    positive.
+
+    Args:
+        rank: r, directions of taste.
+        precision: of the prior around 0 of each component of theta.
+        basis_precision: of the prior around 0 of each entry of U.
+        reliability_variance: tau^2.
+        base: a fitted ReliabilityReward to start from; None: fit one here.
+        tol: largest component of the gradient of the mean penalised loss at which to stop, in the coordinates above.
+        max_iter: L-BFGS iterations at most.
+        seed: of the choice of workers to start on.
+
+    Attributes:
+        theta_: [d] float32.
+        basis_: [d, r] float32, U.
+        embeddings_: [n_workers, r] float32, a_i; 0 for a worker without votes.
+        covariances_: [n_workers, r, r], of a_i given the votes.
+        log_reliability_: [n_workers].
+        embedding_variance_: s^2 = 1; the spread of tastes is in the lengths of U's columns.
+        n_iter_: L-BFGS iterations on all votes.
+        gradient_: the largest component of the gradient where it stopped.
+    """
+
+    def __init__(
+        self,
+        rank: int = 2,
+        precision: float = 10.0,
+        basis_precision: float = 100.0,
+        reliability_variance: float = 0.25,
+        base: ReliabilityReward | None = None,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.rank = rank
+        self.precision = precision
+        self.basis_precision = basis_precision
+        self.reliability_variance = reliability_variance
+        self.base = base
+        self.tol = tol
+        self.max_iter = max_iter
+        self.seed = seed
+
+    def fit(self, votes: Votes, y: None = None) -> Self:
+        """Fit to votes. Raises BadData: a rank above the number of features."""
+        if not 1 <= self.rank <= votes.n_features:
+            raise BadData(f"rank {self.rank} with {votes.n_features} features; ask for 1 to {votes.n_features}")
+        base = self.base or ReliabilityReward(self.precision, self.reliability_variance, self.tol).fit(votes)
+        theta, basis = base.theta_.astype(np.float64), None
+        self.reliability_variance_ = base.reliability_variance
+        if len(votes) > 2 * PILOT:
+            some = random_workers(votes, PILOT, 50 * self.rank, self.seed)
+            theta, basis, _ = self._optimise(votes.of_workers(some), theta, None, base.log_reliability_[some])
+        theta, basis, workers = self._optimise(votes, theta, basis, base.log_reliability_)
+        rotation, lengths, _ = np.linalg.svd(basis.T @ basis)
+        rotation *= np.where(lengths > 0, _signs(basis @ rotation), 1.0)
+        self.n_features_in_, self.embedding_variance_ = votes.n_features, 1.0
+        self.theta_, self.basis_ = theta.astype(np.float32), (basis @ rotation).astype(np.float32)
+        self.embeddings_ = (workers.mean @ rotation).astype(np.float32)
+        self.covariances_ = rotation.T @ workers.covariance @ rotation
+        self.log_reliability_ = workers.log_reliability
+        return self
+
+    def _optimise(
+        self, votes: Votes, theta: Array, basis: Array | None, log_reliability: Array
+    ) -> tuple[Array, Array, _Workers]:
+        n, r = len(votes), self.rank
+        beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
+        logits = beta * (votes.x @ theta.astype(np.float32))
+        hessian = gram(votes.x, logistic_curvature(logits) * beta**2) / n
+        hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
+        root = cholesky(hessian, lower=True)
+        if basis is None:
+            basis = _spectral_basis(votes, beta * residual(logits, votes.y), hessian * n, r)
+        eye = np.broadcast_to(np.eye(r), (votes.n_workers, r, r))
+        workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), log_reliability.copy())
+        variance = self.reliability_variance_
+        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
+        precision = np.concatenate([[self.precision], np.full(r, self.basis_precision)])
+
+        def objective(flat: Array) -> tuple[float, Array]:
+            stacked = solve_triangular(root, flat.reshape(-1, r + 1), lower=True, trans="T")
+            margins, loadings = _project(votes, stacked[:, 0], stacked[:, 1:])
+            _sweeps(votes, margins, loadings, workers, variance, _SWEEPS, centered=True)
+            value, pull = _bound(votes, margins, loadings, workers, variance)
+            value += 0.5 * float((precision * stacked**2).sum())
+            gradient = (pull @ votes.x).T + precision * stacked
+            return value / n, solve_triangular(root, gradient, lower=True).ravel() / n
+
+        point = (root.T @ np.column_stack([theta, basis])).ravel()
+        options = {"maxiter": self.max_iter, "gtol": self.tol, "ftol": 1e-9, "maxcor": 20}
+        self.n_iter_ = 0
+        for _ in range(_RESTARTS):
+            found = minimize(objective, point, jac=True, method="L-BFGS-B", options=options)
+            point, self.gradient_ = found.x, float(np.abs(found.jac).max())
+            self.n_iter_ += int(found.nit)
+            if self.gradient_ <= self.tol:
+                break
+        stacked = solve_triangular(root, point.reshape(-1, r + 1), lower=True, trans="T")
+        theta, basis = stacked[:, 0], stacked[:, 1:]
+        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _SWEEPS, centered=True)
+        return theta, basis, workers
+
+    def save(self, path: Path) -> None:
+        """Write contracts.LOWRANK_TENSORS."""
+        values = (
+            self.theta_,
+            self.basis_,
+            np.array([self.embedding_variance_]),
+            np.array([self.reliability_variance_]),
+        )
+        tensors = {n: np.ascontiguousarray(v, np.float32) for n, v in zip(LOWRANK_TENSORS, values, strict=True)}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+
+    def infer(self, votes: Votes) -> tuple[Array, Array, Array]:
+        """Embeddings [n_workers, r], their covariances and log reliabilities of any workers, new ones too, from votes.
+
+        A worker without votes gets the prior: 0, I, 0.
+        """
+        self._check(votes, votes.n_workers)
+        eye = np.broadcast_to(np.eye(self.rank), (votes.n_workers, self.rank, self.rank))
+        workers = _Workers(np.zeros((votes.n_workers, self.rank)), eye.copy(), np.zeros(votes.n_workers))
+        margins, loadings = _project(votes, self.theta_, self.basis_)
+        _sweeps(votes, margins, loadings, workers, self.reliability_variance_, _INFER_SWEEPS, centered=False)
+        return workers.mean, workers.covariance, workers.log_reliability
+
+    def decision_function(self, votes: Votes) -> Array:
+        """Logits [n], moderated by the uncertainty of a_i (MacKay 1992), for workers numbered as in `fit`."""
+        self._check(votes, len(self.log_reliability_))
+        workers = _Workers(self.embeddings_, self.covariances_, self.log_reliability_)
+        mean, variance, _, _ = _moments(votes, *_project(votes, self.theta_, self.basis_), workers)
+        return np.asarray(mean / np.sqrt(1 + np.pi / 8 * variance))
+
+
+def _project(votes: Votes, theta: Array, basis: Array) -> tuple[Array, Array]:
+    """x.theta [n] and (x U)^T [r, n], float32, in one pass over x."""
+    both = np.vstack([theta, basis.T]).astype(np.float32) @ votes.x.T
+    return both[0], both[1:]
+
+
+def _moments(votes: Votes, margins: Array, loadings: Array, workers: _Workers) -> tuple[Array, Array, Array, Array]:
+    """Mean and variance of each logit under q [n], the rows' beta [n], and V_i u_j [r, n]; float32."""
+    beta = np.exp(workers.log_reliability).astype(np.float32)[votes.worker]
+    mean = margins.copy()
+    for m, u in zip(workers.mean.T.astype(np.float32), loadings, strict=True):
+        mean += m[votes.worker] * u
+    mean *= beta
+    covariance = workers.covariance.astype(np.float32)
+    spread = np.zeros_like(loadings)
+    for i in range(len(loadings)):
+        for j in range(len(loadings)):
+            spread[i] += covariance[:, i, j][votes.worker] * loadings[j]
+    variance = beta**2 * (spread * loadings).sum(axis=0)
+    return mean, np.maximum(variance, 0), beta, spread
+
+
+def _bound_curvature(mean: Array, variance: Array) -> tuple[Array, Array]:
+    """xi [n] and 2 lambda(xi) = tanh(xi / 2) / (2 xi), the curvature of the quadratic bound."""
+    xi = np.sqrt(mean**2 + variance + np.float32(1e-8))
+    return xi, np.tanh(0.5 * xi) / (2 * xi)
+
+
+def _bound(votes: Votes, margins: Array, loadings: Array, workers: _Workers, variance: float) -> tuple[float, Array]:
+    """The bound on minus the log marginal likelihood, up to a constant, and its gradient by the logits [r + 1, n].
+
+    The workers' posteriors are held, as their derivatives vanish at their optimum.
+    """
+    mean, spread_variance, beta, spread = _moments(votes, margins, loadings, workers)
+    xi, curvature = _bound_curvature(mean, spread_variance)
+    half = votes.y - np.float32(0.5)
+    fit = (log_loss(xi, 0.5) - half * mean).sum(dtype=np.float64)
+    trace = np.einsum("irr->i", workers.covariance)
+    divergence = 0.5 * (trace + (workers.mean**2).sum(axis=1) - np.linalg.slogdet(workers.covariance)[1]).sum()
+    prior = 0.5 * (workers.log_reliability**2).sum() / variance
+    slope = beta * (curvature * mean - half)
+    pull = np.empty((len(loadings) + 1, len(votes)), np.float32)
+    pull[0] = slope
+    for i, m in enumerate(workers.mean.T.astype(np.float32)):
+        pull[i + 1] = slope * m[votes.worker] + curvature * beta**2 * spread[i]
+    return float(fit + divergence + prior), pull
+
+
+def _sweeps(
+    votes: Votes, margins: Array, loadings: Array, workers: _Workers, variance: float, sweeps: int, centered: bool
+) -> None:
+    """Update `workers` in place, each time in closed form given the bound (so the bound falls); beta by a Newton step.
+
+    `centered` holds the mean of log beta at 0, which fixes the scale that beta shares with theta and U.
+    """
+    r = len(loadings)
+    upper = [(i, j) for i in range(r) for j in range(i, r)]
+    half = votes.y - np.float32(0.5)
+    for _ in range(sweeps):
+        mean, spread_variance, beta, _ = _moments(votes, margins, loadings, workers)
+        _, curvature = _bound_curvature(mean, spread_variance)
+        weight = curvature * beta**2
+        target = half * beta - weight * margins
+        information = np.empty((votes.n_workers, r, r))
+        for i, j in upper:
+            entry = votes.sum_by_worker(weight * loadings[i] * loadings[j])
+            information[:, i, j] = information[:, j, i] = entry
+        information += np.eye(r)
+        slope = np.stack([votes.sum_by_worker(target * u) for u in loadings], axis=1)
+        workers.covariance = np.linalg.inv(information)
+        workers.mean = (workers.covariance @ slope[:, :, None])[:, :, 0]
+        if variance <= 0:
+            continue
+        mean, spread_variance, beta, _ = _moments(votes, margins, loadings, workers)
+        second = curvature * (mean**2 + spread_variance)
+        gradient = votes.sum_by_worker(half * mean - second) - workers.log_reliability / variance
+        hessian = votes.sum_by_worker(second) + 1 / variance
+        present = votes.present
+        gradient[~present] = 0
+        if centered:
+            gradient[present] -= (gradient / hessian)[present].sum() / (1 / hessian)[present].sum()
+        workers.log_reliability = np.clip(workers.log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
+        if centered:
+            workers.log_reliability[present] -= workers.log_reliability[present].mean()
+
+
+def _spectral_basis(votes: Votes, pull: Array, hessian: Array, rank: int) -> Array:
+    """U to start from, [d, r]: the leading directions of the workers' one-step taste estimates, with their spread."""
+    share = votes.counts[votes.present] / len(votes)
+    values, vectors = np.linalg.eigh(hessian / len(votes))
+    counts = share * len(votes)
+    tastes = (votes.gradients_by_worker(pull)[votes.present] @ vectors) / (counts[:, None] * values + 30.0)
+    weighted = tastes * np.sqrt(share)[:, None]
+    variances, directions = np.linalg.eigh(weighted.T @ weighted)
+    lengths = np.sqrt(np.maximum(variances[::-1][:rank], 1e-4))
+    return np.asarray(vectors @ directions[:, ::-1][:, :rank] * lengths)
+
+
+def _signs(columns: Array) -> Array:
+    """The sign of each column's largest entry, [r]."""
+    return np.where(columns[np.abs(columns).argmax(axis=0), np.arange(columns.shape[1])] < 0, -1.0, 1.0)

@@ -1,0 +1,252 @@
+"""K groups of workers, each with a reward: a mixture of Bradley-Terry models, fitted by EM (docs/method, 1 and 4).
+
+Soft assignment; theta_k = theta_0 + delta_k with theta_0 the reward of everybody, and a reliability for each worker.
+The hard-assignment form is Park et al. 2024, arXiv 2405.00254.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from scipy.special import logsumexp, softmax
+from sklearn.cluster import KMeans
+
+from coterie.contracts import MIXTURE_TENSORS, replacing
+from coterie.discovery.logistic import curvature, gram, log_loss, newton_step, reliability_step, residual
+from coterie.discovery.pooled import ReliabilityReward, Reward
+from coterie.discovery.votes import PILOT, Array, Votes, random_workers
+from coterie.errors import BadData
+
+_NEGLIGIBLE = 1e-5  # responsibility below which a worker is left out of a coterie's Hessian (never of its gradient)
+_INFER_STEPS = 8  # alternations of posterior and reliability for workers whose rewards are given
+
+
+class MixtureReward(Reward):
+    """Workers belong to K coteries: P(chosen > rejected | z_i = k) = sigmoid(beta_i x.theta_k).
+
+    theta_k ~ N(theta_0, I / precision) around the pooled reward theta_0 of ReliabilityReward, log beta_i ~
+    N(0, reliability_variance), one pseudo-count for each coterie's weight. EM with one capped Newton step a coterie and
+    iteration, from k-means on the leading directions of the workers' one-step taste estimates. Where there are many
+    comparisons, EM first converges on a random part of the workers.
+
+    The E-step leaves a worker out of the rewards that judge them, to first order (their votes pull theta_k towards
+    them, so a coterie of few would keep whoever it has): l_ik - r_ik g_ik.H_k^-1 g_ik, g_ik the gradient of worker i.
+
+    Args:
+        n_coteries: K.
+        precision: lambda.
+        reliability_variance: tau^2.
+        base: a fitted ReliabilityReward whose theta_0 and reliabilities to start from; None: fit one here.
+        tol: largest component of the gradient of the mean penalised log-loss at which to stop.
+        max_iter: EM iterations at most.
+        seed: of k-means and of the choice of workers to start on.
+
+    Attributes:
+        theta_: [K, d] float32, by descending weight.
+        weights_: [K], the prior of a worker's coterie.
+        responsibilities_: [n_workers, K]; the weights for a worker without votes.
+        log_reliability_: [n_workers].
+        n_iter_: EM iterations on all votes.
+        gradient_: the largest component of the gradient of the mean penalised log-loss where it stopped.
+    """
+
+    def __init__(
+        self,
+        n_coteries: int = 2,
+        precision: float = 100.0,
+        reliability_variance: float = 0.25,
+        base: ReliabilityReward | None = None,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.n_coteries = n_coteries
+        self.precision = precision
+        self.reliability_variance = reliability_variance
+        self.base = base
+        self.tol = tol
+        self.max_iter = max_iter
+        self.seed = seed
+
+    def fit(self, votes: Votes, y: None = None, labels: Array | None = None) -> Self:
+        """Fit to votes. With `labels` [n_workers], a clustering of the workers, only the rewards of those coteries are
+        fitted (M-steps), and the responsibilities are the posterior under them.
+
+        Raises:
+            BadData: fewer workers with votes than coteries.
+        """
+        voting = int(votes.present.sum())
+        if not 1 <= self.n_coteries <= voting:
+            raise BadData(
+                f"{self.n_coteries} coteries of {voting} workers with training comparisons; ask for 1 to {voting}"
+            )
+        base = self.base or ReliabilityReward(reliability_variance=self.reliability_variance, tol=self.tol).fit(votes)
+        self.n_features_in_, self.reliability_variance_ = votes.n_features, base.reliability_variance
+        self._center = base.theta_.astype(np.float64)
+        theta, log_beta = np.tile(self._center, (self.n_coteries, 1)), base.log_reliability_.copy()
+        weights = np.full(self.n_coteries, 1 / self.n_coteries)
+        if self.n_coteries == 1:
+            self.n_iter_, self.gradient_ = base.n_iter_, base.gradient_
+            responsibilities = np.ones((votes.n_workers, 1))
+        elif labels is not None:
+            given = np.eye(self.n_coteries)[labels]
+            theta, _, log_beta, _ = self._em(votes, theta, log_beta, weights, given, hold=True)
+            weights = _weights(given, votes.present)
+            logits = np.exp(log_beta).astype(np.float32)[votes.worker] * (theta.astype(np.float32) @ votes.x.T)
+            responsibilities = _responsibilities(self._evidence(votes, logits), weights, votes.present)
+        else:
+            start: Array | None = None
+            if len(votes) > 2 * PILOT:
+                some = random_workers(votes, PILOT, 50 * self.n_coteries, self.seed)
+                pilot = votes.of_workers(some)
+                first = self._start(pilot, log_beta[some])
+                theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first)
+            else:
+                start = self._start(votes, log_beta)
+            theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, start)
+        order = np.argsort(-weights, kind="stable")
+        self.theta_, self.weights_ = theta[order].astype(np.float32), weights[order]
+        self.responsibilities_, self.log_reliability_ = responsibilities[:, order], log_beta
+        return self
+
+    def _start(self, votes: Votes, log_beta: Array) -> Array:
+        labels = spectral_labels(votes, self._center, log_beta, self.n_coteries, self.precision, self.seed)
+        return np.asarray(np.eye(self.n_coteries)[labels])
+
+    def _em(
+        self,
+        votes: Votes,
+        theta: Array,
+        log_beta: Array,
+        weights: Array,
+        responsibilities: Array | None,
+        hold: bool = False,
+    ) -> tuple[Array, Array, Array, Array]:
+        """EM from rewards theta, or from responsibilities where given (then the first E-step, or all, are skipped)."""
+        influence: list[Array] = []
+        for iteration in range(1, self.max_iter + 1):
+            margins = theta.astype(np.float32) @ votes.x.T
+            beta = np.exp(log_beta).astype(np.float32)[votes.worker]
+            if responsibilities is None or not (hold or iteration == 1):
+                evidence = self._evidence(votes, beta * margins)
+                if influence:
+                    evidence -= responsibilities * np.stack(influence, axis=1)
+                responsibilities = _responsibilities(evidence, weights, votes.present)
+                weights = _weights(responsibilities, votes.present)
+            pull = np.stack([residual(beta * m, votes.y) for m in margins]) * beta
+            mine = responsibilities.T.astype(np.float32)[:, votes.worker]
+            gradient = (pull * mine) @ votes.x - self.precision * (theta - self._center)
+            self.n_iter_, self.gradient_ = iteration, float(np.abs(gradient).max()) / len(votes)
+            if self.gradient_ <= self.tol and iteration > 2:
+                break
+            influence = []
+            for k in range(self.n_coteries):
+                share = np.where(mine[k] > _NEGLIGIBLE, mine[k], 0)
+                hessian = gram(votes.x, share * curvature(beta * margins[k]) * beta**2)
+                hessian[np.diag_indices_from(hessian)] += self.precision
+                theta[k] += newton_step(hessian, gradient[k], votes.x, np.where(share > 0, beta, 0))
+                own = votes.gradients_by_worker(pull[k])
+                influence.append(((own @ np.linalg.inv(hessian)) * own).sum(axis=1))
+            log_beta, _ = reliability_step(
+                log_beta, margins, responsibilities, votes, self.reliability_variance_, centered=True
+            )
+        assert responsibilities is not None
+        return theta, responsibilities, log_beta, weights
+
+    @staticmethod
+    def _evidence(votes: Votes, logits: Array) -> Array:
+        """log P(votes of i | coterie k), [n_workers, K], of logits [K, n]."""
+        return -np.stack([votes.sum_by_worker(log_loss(row, votes.y)) for row in logits], axis=1)
+
+    def save(self, path: Path, version: str) -> None:
+        """Write contracts.MIXTURE_TENSORS; `version` travels in the file's metadata."""
+        with replacing(path) as temporary:
+            save_file(self.tensors(), temporary, metadata={"mixture_version": version})
+
+    def tensors(self) -> dict[str, Array]:
+        """What contracts.MIXTURE_TENSORS names."""
+        values = (self.theta_, self.weights_, np.array([self.reliability_variance_]))
+        return {n: np.ascontiguousarray(v, np.float32) for n, v in zip(MIXTURE_TENSORS, values, strict=True)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote: a mixture that infers the posterior of any worker, but knows none.
+
+        Raises:
+            BadData: no such file, not safetensors, or a tensor is missing.
+        """
+        try:
+            tensors = load_file(path)
+            theta, weights, variance = (tensors[name] for name in MIXTURE_TENSORS)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise BadData(f"{path}: no mixture of coterie ({error}); run `coterie cluster` again") from error
+        mixture = cls(len(weights), reliability_variance=float(variance[0]))
+        mixture.theta_, mixture.weights_ = theta, weights.astype(np.float64)
+        mixture.n_features_in_, mixture.reliability_variance_ = theta.shape[1], float(variance[0])
+        mixture.responsibilities_, mixture.log_reliability_ = np.zeros((0, len(weights))), np.zeros(0)
+        return mixture
+
+    def infer(self, votes: Votes) -> tuple[Array, Array]:
+        """Posterior [n_workers, K] and log reliability [n_workers] of any workers, new ones too, from their votes.
+
+        The rewards and weights are as fitted. A worker without votes gets the weights and 0.
+        """
+        self._check(votes, votes.n_workers)
+        margins = self.theta_ @ votes.x.T
+        log_beta = np.zeros(votes.n_workers)
+        for _ in range(_INFER_STEPS):
+            beta = np.exp(log_beta).astype(np.float32)[votes.worker]
+            posterior = _responsibilities(self._evidence(votes, beta * margins), self.weights_, votes.present)
+            log_beta, _ = reliability_step(
+                log_beta, margins, posterior, votes, self.reliability_variance_, centered=False
+            )
+        return posterior, log_beta
+
+    def posterior(self, votes: Votes) -> Array:
+        """Posterior over coteries, [n_workers, K], of any workers from their votes."""
+        return self.infer(votes)[0]
+
+    def decision_function(self, votes: Votes) -> Array:
+        """Logits [n] of the probability averaged over the worker's coteries, for workers numbered as in `fit`."""
+        self._check(votes, len(self.log_reliability_))
+        logits = np.exp(self.log_reliability_)[votes.worker] * (self.theta_ @ votes.x.T)
+        shares = np.log(np.maximum(self.responsibilities_.T[:, votes.worker], 1e-300))
+        above, below = (logsumexp(shares - np.logaddexp(0, sign * logits), axis=0) for sign in (-1, 1))
+        return np.asarray(above - below)
+
+
+def spectral_labels(
+    votes: Votes, theta: Array, log_reliability: Array, n_coteries: int, precision: float, seed: int
+) -> Array:
+    """Coteries to start from, [n_workers]: k-means in the leading directions in which workers differ from theta [d].
+
+    A worker's taste is estimated by one Newton step from theta under the prior N(0, I / precision); the directions are
+    the leading right singular vectors of these estimates, each weighted by the root of the worker's comparisons.
+    """
+    beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
+    logits = beta * (votes.x @ theta.astype(np.float32))
+    gradients = votes.gradients_by_worker(beta * residual(logits, votes.y))[votes.present]
+    values, vectors = np.linalg.eigh(gram(votes.x, beta**2 * curvature(logits)) / len(votes))
+    counts = votes.counts[votes.present].astype(np.float64)
+    tastes = (gradients @ vectors) / (counts[:, None] * np.maximum(values, 0) + precision)
+    weighted = tastes * np.sqrt(counts)[:, None]
+    _, directions = np.linalg.eigh(weighted.T @ weighted)
+    plane = tastes @ directions[:, ::-1][:, : n_coteries - 1]
+    labels = np.zeros(votes.n_workers, np.intp)
+    distinct = len(np.unique(plane, axis=0))
+    means = KMeans(min(n_coteries, distinct), n_init=10, random_state=seed)
+    labels[votes.present] = means.fit_predict(plane, sample_weight=np.sqrt(counts))
+    return labels
+
+
+def _responsibilities(evidence: Array, weights: Array, present: Array) -> Array:
+    return np.where(present[:, None], softmax(np.log(weights) + evidence, axis=1), weights)
+
+
+def _weights(responsibilities: Array, present: Array) -> Array:
+    counts = responsibilities[present].sum(axis=0) + 1.0
+    return np.asarray(counts / counts.sum())

@@ -1,0 +1,103 @@
+"""Whose reward answers a request: the person's own profile, or the global reward with the reason for it.
+
+A profile is used only when it is whole, fresh and made with the very mixture that the bundle serves: a posterior
+means nothing beside another mixture. Everything else falls back to the global reward. A fallback is never an error, and
+never another coterie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+
+import numpy as np
+
+from coterie.contracts import Reason, Route
+
+MAX_AGE = timedelta(days=90)
+"""Age past which a profile is stale, unless the server was told otherwise; also the time to live in Feast."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known about one worker: a row of contracts.PROFILE.
+
+    `posterior` has one probability a coterie [K], `embedding` the worker's place along the directions of taste [rank].
+    """
+
+    worker_id: str
+    embedding: tuple[float, ...]
+    reliability: float
+    comparisons: int
+    coterie: int
+    posterior: tuple[float, ...]
+    mixture_version: str
+    event_timestamp: datetime
+
+
+class ProfileSource(Protocol):
+    """Where profiles come from."""
+
+    def get(self, worker_ids: Sequence[str]) -> list[Profile | None]:
+        """The profile of each worker, None for one who has none.
+
+        Raises:
+            BackendUnavailable: the store failed, or did not answer in time.
+        """
+        ...
+
+
+def fall_back(reason: Reason) -> Route:
+    """The global reward, and why."""
+    return Route(source="global", reason=reason)
+
+
+def route(profile: Profile | None, mixture_version: str, now: datetime, max_age: timedelta = MAX_AGE) -> Route:
+    """Decide who answers for a worker whose profile was looked up.
+
+    Args:
+        profile: what the store holds of this worker; None if nothing.
+        mixture_version: the mixture of the bundle that will score.
+        now: the present, with a time zone.
+        max_age: age past which a profile says nothing about its worker any more.
+    """
+    if profile is None:
+        return fall_back("unknown-worker")
+    if profile.mixture_version != mixture_version:
+        return fall_back("other-mixture")
+    if now - profile.event_timestamp > max_age:
+        return fall_back("stale-profile")
+    if not is_posterior(profile.posterior) or not 0 <= profile.coterie < len(profile.posterior):
+        return fall_back("damaged-profile")
+    return Route(
+        source="profile",
+        coterie=profile.coterie,
+        posterior=list(profile.posterior),
+        embedding=list(profile.embedding),
+        mixture_version=profile.mixture_version,
+    )
+
+
+def confirm(given: Route, mixture_version: str, coteries: int) -> Route:
+    """The route as the predictor takes it: its own mixture and number of coteries decide, whoever chose the route."""
+    if given.source == "global":
+        return given
+    if given.mixture_version != mixture_version:
+        return fall_back("other-mixture")
+    posterior = given.posterior or []
+    if len(posterior) != coteries or not is_posterior(posterior) or given.coterie not in range(coteries):
+        return fall_back("damaged-profile")
+    return given
+
+
+def is_posterior(values: Sequence[float]) -> bool:
+    """Whether `values` are probabilities that sum to one, to the precision of the float32 that they are stored in."""
+    probabilities = np.asarray(values, dtype=float)
+    return bool(
+        len(probabilities)
+        and np.isfinite(probabilities).all()
+        and (probabilities >= 0).all()
+        and abs(probabilities.sum() - 1) < 1e-3
+    )

@@ -1,0 +1,170 @@
+"""Scores from a bundle: the one function behind the predictor, the command line and the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.bundle import Bundle
+from coterie.contracts import GLOBAL, Prediction, RoutedInstance
+from coterie.config import EncodeSettings
+from coterie.encoding import Encoder, load_encoder, style_features
+from coterie.errors import BadBundle
+from coterie.rewards import RewardHead
+from coterie.routing import confirm
+
+Array = NDArray[np.floating]
+
+MASS = 0.95  # of a posterior that is averaged over; the rest is coteries that hardly matter
+GOLDEN_TOLERANCE = 1e-3
+
+
+def leading_coteries(posterior: Array, mass: float = MASS) -> Array:
+    """Keep the most probable coteries up to `mass` of each row of a posterior [n, K], and renormalise.
+
+    The coterie that reaches the mass is kept, so that every row keeps at least one.
+    """
+    order = np.argsort(-posterior, axis=1, kind="stable")
+    ranked = np.take_along_axis(posterior, order, axis=1)
+    before = np.cumsum(ranked, axis=1) - ranked
+    kept = np.zeros_like(posterior)
+    np.put_along_axis(kept, order, np.where(before < mass, ranked, 0.0), axis=1)
+    normalised: Array = kept / kept.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def served_heads(heads: dict[str, RewardHead], coteries: int, own: Sequence[bool]) -> list[RewardHead]:
+    """The head that each coterie serves: its own, or the global one where the gate said so."""
+    return [heads[f"coterie-{k}"] if own[k] else heads[GLOBAL] for k in range(coteries)]
+
+
+def average(scores: Array, posterior: Array) -> Array:
+    """Average scores [n, K] of the coteries' heads over the leading coteries of posteriors [n, K]: [n].
+
+    The scores are calibrated, each by its own head, so that they are on one scale (docs/method, section 5).
+    """
+    averaged: Array = (scores * leading_coteries(posterior)).sum(axis=1)
+    return averaged
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one instance's responses: what is served [n], by the global head [n], by each coterie's [n, K]."""
+
+    scores: Array
+    by_global: Array
+    by_coterie: Array
+
+
+class Scorer:
+    """Scores texts with the rewards of a bundle.
+
+    Args:
+        bundle: a loaded bundle.
+        encoder: of the name and revision that the bundle names.
+
+    Raises:
+        BadBundle: the encoder is not the bundle's.
+    """
+
+    def __init__(self, bundle: Bundle, encoder: Encoder) -> None:
+        reference = bundle.encoder
+        if (encoder.name, encoder.revision) != (reference.name, reference.revision):
+            raise BadBundle(
+                f"the bundle was made with encoder {reference.name} at {reference.revision}, not {encoder.name} at "
+                f"{encoder.revision}. Install that revision, or make the bundle again."
+            )
+        self.bundle, self._encoder = bundle, encoder
+        own = [gate.serves == "own" for gate in sorted(bundle.manifest.gates, key=lambda gate: gate.coterie)]
+        self._global = bundle.heads[GLOBAL]
+        self._served = served_heads(bundle.heads, bundle.manifest.coteries, own)
+
+    def score(self, prompt: str, responses: Sequence[str], posterior: Sequence[float] | None = None) -> Scored:
+        """Score responses [n] to one prompt for a posterior over the coteries [K]; None: the global reward."""
+        return self.score_many([(prompt, responses, posterior)])[0]
+
+    def score_many(self, instances: Sequence[tuple[str, Sequence[str], Sequence[float] | None]]) -> list[Scored]:
+        """Score several (prompt, responses, posterior) with one call of the encoder.
+
+        Raises:
+            BadBundle: a posterior of another number of coteries than the bundle's.
+        """
+        prompts = [prompt for prompt, responses, _ in instances for _ in responses]
+        texts = [text for _, responses, _ in instances for text in responses]
+        h = self.features(prompts, texts)
+        by_global = self._global.score(h)
+        by_coterie = np.stack([head.score(h) for head in self._served], axis=1) if self._served else by_global[:, None]
+        scored, end = [], 0
+        for _, responses, posterior in instances:
+            start, end = end, end + len(responses)
+            scores = by_global[start:end]
+            if posterior is not None:
+                if len(posterior) != by_coterie.shape[1]:
+                    raise BadBundle(
+                        f"a posterior over {len(posterior)} coteries for a bundle of {by_coterie.shape[1]}; "
+                        "the profile belongs to another mixture"
+                    )
+                rows = np.tile(np.asarray(posterior, dtype=np.float64), (len(responses), 1))
+                scores = average(by_coterie[start:end], rows)
+            scored.append(Scored(scores, by_global[start:end], by_coterie[start:end]))
+        return scored
+
+    def predict(self, instances: Sequence[RoutedInstance]) -> list[Prediction]:
+        """Answer routed instances; a route that this bundle cannot follow falls back to the global reward."""
+        manifest = self.bundle.manifest
+        routes = [confirm(instance.route, manifest.mixture_version, manifest.coteries) for instance in instances]
+        scored = self.score_many([(i.prompt, i.responses, r.posterior) for i, r in zip(instances, routes, strict=True)])
+        return [
+            Prediction(
+                scores=result.scores.tolist(),
+                best=int(np.argmax(result.scores)),
+                coterie=route.coterie,
+                posterior=route.posterior,
+                source=route.source,
+                reason=route.reason,
+                model_version=manifest.model_version,
+            )
+            for route, result in zip(routes, scored, strict=True)
+        ]
+
+    def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """h [n, d] of responses to prompts."""
+        texts = [self._encoder.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        vectors = self._encoder.encode(texts)
+        h: Array = self.bundle.features.transform(vectors, style_features(list(prompts), list(responses)))
+        return h
+
+
+def load_scorer(bundle: Bundle, encoder: Encoder | None = None) -> Scorer:
+    """A scorer with the encoder that the bundle names, or with `encoder`, after its golden scores came out right.
+
+    Raises:
+        BadBundle: they did not, or the encoder is another. BadConfiguration: the encoder cannot be loaded.
+    """
+    reference = bundle.encoder
+    settings = EncodeSettings(encoder=reference.name, revision=reference.revision, max_tokens=bundle.max_tokens)
+    scorer = Scorer(bundle, encoder or load_encoder(settings))
+    check_golden(scorer)
+    return scorer
+
+
+def check_golden(scorer: Scorer) -> None:
+    """Score the bundle's golden texts anew.
+
+    Raises:
+        BadBundle: a score differs by more than GOLDEN_TOLERANCE from what it was when the bundle was made.
+    """
+    golden = scorer.bundle.golden
+    scored = scorer.score_many([(entry["prompt"], entry["responses"], None) for entry in golden])
+    for entry, now in zip(golden, scored, strict=True):
+        for name, scores in (("global", now.by_global), ("coteries", now.by_coterie)):
+            off = float(np.abs(np.asarray(entry[name]) - scores).max())
+            if not off <= GOLDEN_TOLERANCE:
+                raise BadBundle(
+                    f"{scorer.bundle.path}: golden score ({name}) of the prompt {entry['prompt'][:40]!r} is off by {off:.2g}. "
+                    "The encoder computes something else here than where the bundle was made: use the same versions "
+                    "of torch, transformers and sentence-transformers, and the same precision."
+                )

@@ -1,0 +1,243 @@
+"""Publication into Feast and lookups, on SQLite and on a real Redis."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from coterie import contracts
+from coterie.config import PublishSettings
+from coterie.errors import BackendUnavailable, BadConfiguration, BadData
+
+WORKERS = [f"w{i}" for i in range(40)] + ["émile 🙂", "a b\n"]
+RANK, COTERIES = 2, 3
+
+
+def write_assignments(folder, version="m1", seed=0, workers=WORKERS, **changes):
+    rng = np.random.default_rng(seed)
+    posterior = rng.dirichlet([0.3] * COTERIES, len(workers)).astype(np.float32)
+    columns = {
+        "worker_id": workers,
+        "embedding": rng.normal(size=(len(workers), RANK)),
+        "reliability": rng.lognormal(size=len(workers)),
+        "comparisons": rng.integers(1, 100, len(workers)),
+        "coterie": posterior.argmax(1),
+        "posterior": posterior,
+        "mixture_version": [version] * len(workers),
+    } | changes
+    contracts.ASSIGNMENT.write(folder / "assignments.parquet", columns, embedding=RANK, posterior=COTERIES)
+    return columns
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A published folder, moved after publication as a stage moves its result; the columns, and the answer."""
+    from feature_repo.publish import publish
+
+    root = tmp_path_factory.mktemp("feast")
+    columns = write_assignments(root / "cluster")
+    answer = publish(root / "cluster", root / ".publish.part", PublishSettings())
+    (root / ".publish.part").rename(root / "publish")
+    return root / "publish", columns, answer
+
+
+def assert_profiles(profiles, columns):
+    for i, profile in enumerate(profiles):
+        assert profile.worker_id == columns["worker_id"][i]
+        np.testing.assert_array_equal(np.float32(profile.posterior), columns["posterior"][i])
+        np.testing.assert_array_equal(np.float32(profile.embedding), np.float32(columns["embedding"][i]))
+        assert profile.coterie == columns["coterie"][i]
+        assert profile.comparisons == columns["comparisons"][i]
+        assert profile.reliability == pytest.approx(columns["reliability"][i], rel=1e-6)
+        assert profile.mixture_version == columns["mixture_version"][i]
+
+
+def test_every_published_profile_comes_back_from_the_moved_folder(published):
+    from feature_repo.store import lookup, open_store
+
+    folder, columns, answer = published
+    assert answer == {"profiles": 42, "coteries": 3, "mixture_version": "m1", "online_store": "sqlite"}
+    profiles = lookup(open_store(folder), WORKERS)
+    assert_profiles(profiles, columns)
+    assert abs(datetime.now(UTC) - profiles[0].event_timestamp) < timedelta(minutes=5)
+
+
+def test_a_stranger_has_no_profile_beside_somebody_who_has(published):
+    from feature_repo.store import lookup, open_store
+
+    store = open_store(published[0])
+    stranger, known, other = lookup(store, ["stranger", "w3", ""])
+    assert stranger is None
+    assert other is None
+    assert known.worker_id == "w3"
+    assert lookup(store, []) == []
+
+
+def test_the_offline_store_is_a_profile_table_and_names_no_folder(published):
+    folder, columns, _ = published
+    table = contracts.PROFILE.read(folder / "profiles.parquet")
+    assert table["worker_id"].to_pylist() == WORKERS
+    np.testing.assert_array_equal(contracts.matrix(table["posterior"]), columns["posterior"])
+    assert not any(str(folder.parent).encode() in file.read_bytes() for file in folder.iterdir())
+
+
+def test_feast_joins_the_offline_store_at_a_point_in_time(published):
+    import pandas as pd
+
+    from feature_repo.store import open_store
+
+    now = pd.Timestamp.now(tz="UTC")
+    question = pd.DataFrame({"worker_id": ["w1", "stranger"], "event_timestamp": [now, now]})
+    features = ["worker_profile:coterie", "worker_profile:mixture_version"]
+    job = open_store(published[0]).get_historical_features(question, features)
+    answer = job.to_df().set_index("worker_id")
+    assert answer.loc["w1", "coterie"] == published[1]["coterie"][1]
+    assert pd.isna(answer.loc["stranger", "mixture_version"])
+
+
+def test_the_definitions_have_every_field_of_the_contract():
+    from feast.types import Array, Float32, Int32, String
+
+    from feature_repo.definitions import worker_profile
+
+    types = {field.name: field.dtype for field in worker_profile.schema}
+    assert types.keys() | {"event_timestamp"} == {field.name for field in contracts.PROFILE.fields}
+    assert types["posterior"] == types["embedding"] == Array(Float32)
+    assert (types["coterie"], types["worker_id"]) == (Int32, String)
+
+
+def test_a_lookup_past_its_deadline_or_into_a_broken_store_is_an_outage(published, tmp_path):
+    from serving.profiles import FeastProfiles
+
+    assert FeastProfiles.open(published[0], deadline=10).get(["w1", "x"])[1] is None
+    with pytest.raises(BackendUnavailable, match="within 0 ms"):
+        FeastProfiles.open(published[0], deadline=0).get(["w1"])
+    broken = tmp_path / "broken"
+    shutil.copytree(published[0], broken)
+    (broken / "online.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(BackendUnavailable, match="DatabaseError"):
+        FeastProfiles.open(broken, deadline=10).get(["w1"])
+
+
+@pytest.mark.parametrize("name", ["feature_store.yaml", "registry.db", "online.db"])
+def test_an_unfinished_folder_is_refused(published, tmp_path, name):
+    from feature_repo.store import open_store
+
+    shutil.copytree(published[0], tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    with pytest.raises(BadData, match=name):
+        open_store(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"worker_id": ["w0"] * len(WORKERS)}, "more than once"),
+        ({"mixture_version": ["m1", "m2"] * (len(WORKERS) // 2)}, "2 mixture versions"),
+    ],
+)
+def test_contradictory_assignments_are_refused(tmp_path, changes, words):
+    from feature_repo.publish import publish
+
+    write_assignments(tmp_path, **changes)
+    with pytest.raises(BadData, match=words):
+        publish(tmp_path, tmp_path / "out", PublishSettings())
+
+
+def test_no_assignments_are_refused(tmp_path):
+    from feature_repo.publish import publish
+
+    with pytest.raises(BadData, match=r"assignments\.parquet: no such file"):
+        publish(tmp_path, tmp_path / "out", PublishSettings())
+    write_assignments(tmp_path, workers=[])
+    with pytest.raises(BadData, match="no worker"):
+        publish(tmp_path, tmp_path / "out", PublishSettings())
+
+
+# ------------------------------------------------------------------------------------------------------- redis
+@pytest.fixture
+def redis(monkeypatch, tmp_path):
+    """A Redis server of Debian's on a free port; yields its process after naming it in COTERIE_REDIS."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    monkeypatch.setenv("COTERIE_REDIS", f"127.0.0.1:{port}")
+    try:
+        for _ in range(100):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield server
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.kill()
+        server.wait()
+
+
+def test_redis_takes_a_second_publication_even_from_a_clock_that_runs_behind(redis, tmp_path):
+    from feature_repo.publish import publish
+    from feature_repo.store import connect, lookup, open_store
+
+    settings = PublishSettings(online_store="redis")
+    write_assignments(tmp_path / "one")
+    assert publish(tmp_path / "one", tmp_path / "first", settings)["online_store"] == "redis"
+    # Somebody whose clock is an hour ahead of ours has published w0 before us.
+    ahead = contracts.PROFILE.read(tmp_path / "first" / "profiles.parquet").to_pandas().head(1)
+    ahead["event_timestamp"] += timedelta(hours=1)
+    connect(tmp_path / "first").write_to_online_store("worker_profile", df=ahead)
+
+    columns = write_assignments(tmp_path / "two", version="m2", seed=1)
+    publish(tmp_path / "two", tmp_path / "second", settings)
+    profiles = lookup(open_store(tmp_path / "second"), WORKERS)
+    assert_profiles(profiles, columns)
+    table = contracts.PROFILE.read(tmp_path / "second" / "profiles.parquet")
+    just_after = ahead["event_timestamp"][0].to_pydatetime() + timedelta(microseconds=1)
+    assert table["event_timestamp"][0].as_py() == just_after
+
+
+def test_a_redis_that_hangs_or_dies_is_an_outage_and_is_found_again(redis, tmp_path):
+    from feature_repo.publish import publish
+    from serving.profiles import FeastProfiles
+
+    settings = PublishSettings(online_store="redis")
+    write_assignments(tmp_path / "one")
+    publish(tmp_path / "one", tmp_path / "out", settings)
+    profiles = FeastProfiles.open(tmp_path / "out")
+    assert profiles.get(["w1"])[0].worker_id == "w1"
+
+    redis.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(BackendUnavailable, match="within 250 ms"):
+        profiles.get(["w1"])
+    assert time.monotonic() - started < 1
+    redis.send_signal(signal.SIGCONT)
+    assert profiles.get(["w1"])[0].worker_id == "w1"
+
+    redis.kill()
+    redis.wait()
+    with pytest.raises(BackendUnavailable, match="ConnectionError"):
+        FeastProfiles.open(tmp_path / "out", deadline=10).get(["w1"])
+    with pytest.raises(BackendUnavailable, match="redis"):
+        publish(tmp_path / "one", tmp_path / "again", settings)
+
+
+def test_redis_without_an_address_is_refused(tmp_path, monkeypatch):
+    from feature_repo.publish import publish
+
+    monkeypatch.delenv("COTERIE_REDIS", raising=False)
+    assert "COTERIE_REDIS" not in os.environ
+    write_assignments(tmp_path)
+    with pytest.raises(BadConfiguration, match="COTERIE_REDIS"):
+        publish(tmp_path, tmp_path / "out", PublishSettings(online_store="redis"))

@@ -1,0 +1,500 @@
+"""`coterie serve`: a real server process on a real bundle and real profiles, asked over HTTP.
+
+Run as a program, this file serves a bundle that was made with the encoder defined here.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import HashingVectorizer
+
+from coterie import contracts
+from coterie.bundle import Bundle, build_bundle
+from coterie.config import BundleSettings, EmbedSettings, EncodeSettings, PublishSettings
+from coterie.contracts import content_id
+from coterie.discovery.features import fit_features
+from coterie.encoding import encode
+from coterie.errors import BackendUnavailable, BadBundle
+from coterie.ingest.pseudonyms import fingerprint, pseudonym
+from coterie.rewards import RewardHead
+from coterie.routing import Profile
+from coterie.scoring import Scorer
+
+ROOT = Path(__file__).parents[1]
+KEY = "a key that only this test knows"
+WORKERS = ["ann", "bob", "émile 🙂"]
+POSTERIORS = np.float32([[0.97, 0.02, 0.01], [0.1, 0.6, 0.3], [0.02, 0.01, 0.97]])
+PROMPT = "Shall I take the earlier train?"
+RESPONSES = ["Yes.", "No! Take the later one, perhaps; it is emptier.", "That depends.\n- cost\n- comfort"]
+ASK = {"prompt": PROMPT, "responses": RESPONSES}
+
+
+class HashingEncoder:
+    """Bags of hashed words: an encoder that loads in no time and needs no weights."""
+
+    name, revision, dimension, max_tokens, truncated = "hashing", "1", 32, 256, 0
+
+    def __init__(self):
+        self._vectorizer = HashingVectorizer(n_features=self.dimension)
+
+    def text(self, prompt, response):
+        return response
+
+    def encode(self, texts):
+        return self._vectorizer.transform(texts).toarray().astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ bundle and profiles
+def write_comparisons(path):
+    words = ["train", "boat", "early", "late", "cheap", "slow", "warm", "cold", "maybe", "surely", "never", "walk"]
+    rng = np.random.default_rng(0)
+    rows = {field.name: [] for field in contracts.COMPARISON.fields}
+    for i in range(120):
+        prompt = f"Question {i // 2}?"
+        pair = [" ".join(rng.choice(words, rng.integers(3, 12))) + end for end in rng.permutation([".", "!"])]
+        ids = [content_id(prompt, text) for text in pair]
+        row = {
+            "comparison_id": str(i),
+            "worker_id": pseudonym(KEY.encode(), WORKERS[i % 3]),
+            "prompt": prompt,
+            "prompt_id": content_id(prompt),
+            "chosen": pair[0],
+            "rejected": pair[1],
+            "chosen_id": ids[0],
+            "rejected_id": ids[1],
+            "pair_id": content_id(*sorted(ids)),
+            "label": 1.0,
+            "split": contracts.SPLITS[i // 2 % 3],
+            "source": "test",
+        }
+        for name, column in rows.items():
+            column.append(row.get(name))
+    contracts.COMPARISON.write(path, rows)
+
+
+def make_bundle(root):
+    """A bundle of three coteries with rewards that differ, of which the last serves the global one."""
+    for name in ("ingest", "encode", "embed", "cluster", "evaluate"):
+        (root / name).mkdir(parents=True)
+    comparisons, vectors = root / "ingest" / "comparisons.parquet", root / "encode" / "vectors.parquet"
+    write_comparisons(comparisons)
+    encode(comparisons, root / "encode", EncodeSettings(), root / "cache", HashingEncoder())
+    features = fit_features(comparisons, vectors, EmbedSettings(components=8))
+    features.save(root / "embed" / contracts.FEATURES_FILE)
+    rng = np.random.default_rng(1)
+    rewards = {}
+    for name in ("global", "coterie-0", "coterie-1", "coterie-2"):
+        rewards[name] = root / "rewards" / name
+        RewardHead(rng.normal(size=len(features.names))).save(rewards[name] / contracts.HEAD_FILE)
+    (root / "embed" / contracts.MODEL_FILE).write_bytes(b"the low-rank model; scoring does not read it")
+    (root / "cluster" / contracts.MIXTURE_FILE).write_bytes(b"the mixture; scoring does not read it")
+    gates = [{"coterie": k, "serves": "own" if k < 2 else "global", "reason": "test"} for k in range(3)]
+    metrics = {
+        "ingest": {"key_fingerprint": fingerprint(KEY.encode())},
+        "embed": {"rank": 2},
+        "cluster": {
+            "mixture_version": "m1",
+            "selection": {"coteries": 3, "verdict": "coteries"},
+            "stability": {"half_split_ari": 0.5},
+            "seed": 0,
+        },
+        "evaluate": {"gates": gates, "heldout": {"seen": {"accuracy": 0.7, "log_loss": 0.6}}},
+    }
+    for name, content in metrics.items():
+        (root / name / "metrics.json").write_text(json.dumps(content))
+    build_bundle(
+        ingested=root / "ingest",
+        encoded=root / "encode",
+        embedded=root / "embed",
+        clustered=root / "cluster",
+        rewards=rewards,
+        evaluated=root / "evaluate",
+        out=root / "bundle",
+        settings=BundleSettings(reference=64),
+    )
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a bundle and the published profiles of its workers."""
+    from feature_repo.publish import publish
+
+    root = tmp_path_factory.mktemp("serving")
+    make_bundle(root)
+    columns = {
+        "worker_id": [pseudonym(KEY.encode(), name) for name in WORKERS],
+        "embedding": np.eye(3, 2),
+        "reliability": np.ones(3),
+        "comparisons": [40, 40, 40],
+        "coterie": POSTERIORS.argmax(1),
+        "posterior": POSTERIORS,
+        "mixture_version": ["m1"] * 3,
+    }
+    contracts.ASSIGNMENT.write(root / "cluster" / "assignments.parquet", columns, embedding=2, posterior=3)
+    publish(root / "cluster", root / "publish", PublishSettings())
+    return root
+
+
+@pytest.fixture(scope="module")
+def offline(run):
+    return Scorer(Bundle.load(run / "bundle"), HashingEncoder())
+
+
+# ------------------------------------------------------------------------------------------------------ server
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(run, key=KEY):
+    """Start the server as a process; yields it, its address and its log once it listens."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, __file__, str(run / "bundle"), str(run / "publish"), url.rpartition(":")[2]]
+    environ = os.environ | {"COTERIE_PSEUDONYM_KEY": key, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = run / f"server-{time.monotonic_ns()}.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, env=environ, cwd=run, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while "Try: curl" not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield server, url, log
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def url(run):
+    with serving(run) as (_, url, _):
+        yield url
+
+
+def predict(url, *instances, model="coterie"):
+    body = {"instances": list(instances)}
+    return httpx.post(f"{url}/v1/models/{model}:predict", json=body, timeout=60)
+
+
+def fallbacks(url, reason):
+    found = re.search(rf'^coterie_fallbacks_total{{reason="{reason}"}} (\S+)$', httpx.get(f"{url}/metrics").text, re.M)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.mark.parametrize("worker", range(3))
+def test_a_known_worker_gets_the_scores_of_their_posterior(url, offline, worker):
+    (prediction,) = predict(url, ASK | {"worker_id": WORKERS[worker]}).json()["predictions"]
+    expected = offline.score(PROMPT, RESPONSES, POSTERIORS[worker])
+    np.testing.assert_allclose(prediction["scores"], expected.scores, atol=1e-6)
+    assert prediction["best"] == int(np.argmax(expected.scores))
+    assert (prediction["source"], prediction["reason"], prediction["coterie"]) == ("profile", None, worker)
+    np.testing.assert_allclose(prediction["posterior"], POSTERIORS[worker], atol=1e-7)
+    assert prediction["model_version"] == offline.bundle.manifest.model_version
+    assert prediction.keys() == contracts.Prediction.model_fields.keys()
+
+
+def test_workers_of_different_coteries_get_different_scores(url):
+    ann, bob = predict(url, ASK | {"worker_id": "ann"}, ASK | {"worker_id": "bob"}).json()["predictions"]
+    assert np.abs(np.subtract(ann["scores"], bob["scores"])).max() > 0.1
+
+
+@pytest.mark.parametrize(("who", "reason"), [({"worker_id": "nobody"}, "unknown-worker"), ({}, "no-worker")])
+def test_a_stranger_gets_the_global_reward_flagged_and_counted(url, offline, who, reason):
+    before = fallbacks(url, reason)
+    (prediction,) = predict(url, ASK | who).json()["predictions"]
+    np.testing.assert_allclose(prediction["scores"], offline.score(PROMPT, RESPONSES).by_global, atol=1e-6)
+    assert (prediction["source"], prediction["reason"]) == ("global", reason)
+    assert prediction["coterie"] is prediction["posterior"] is None
+    assert fallbacks(url, reason) == before + 1
+
+
+def test_a_pseudonym_is_no_worker_id(url):
+    (prediction,) = predict(url, ASK | {"worker_id": pseudonym(KEY.encode(), "ann")}).json()["predictions"]
+    assert prediction["reason"] == "unknown-worker"
+
+
+def test_instances_are_answered_in_their_order(url):
+    names = ["bob", "nobody", "ann", None, "bob"]
+    asked = [
+        {"worker_id": name, "prompt": f"{i}?", "responses": RESPONSES[: 1 + i % 3]} for i, name in enumerate(names)
+    ]
+    answers = predict(url, *asked).json()["predictions"]
+    assert [answer["coterie"] for answer in answers] == [1, None, 0, None, 1]
+    assert [len(answer["scores"]) for answer in answers] == [1, 2, 3, 1, 2]
+
+
+def test_odd_texts_are_scored(url):
+    asked = {"worker_id": "ann", "prompt": "", "responses": ["", "🙂" * 1000, "\x00\u202e", "a" * 200_000]}
+    response = predict(url, asked)
+    assert response.status_code == 200
+    assert np.isfinite(response.json()["predictions"][0]["scores"]).all()
+
+
+BAD = {
+    "no JSON": (b"{", "format"),
+    "NaN": (b'{"instances": [{"prompt": NaN, "responses": ["a"]}]}', "format"),
+    "a lone surrogate": (rb'{"instances": [{"prompt": "\ud800", "responses": ["a"]}]}', "format"),
+    "no UTF-8": (b'{"instances": [{"prompt": "\xff", "responses": ["a"]}]}', "format"),
+    "a list": (b"[]", "not a json object"),
+    "nothing": (b"", "format"),
+    "deep": (b"[" * 100_000, "format"),
+    "no instances": ({}, "instances: field required"),
+    "instances no list": ({"instances": {}}, "instances"),
+    "empty instances": ({"instances": []}, "instances: list should have at least 1 item"),
+    "too many instances": ({"instances": [ASK] * 257}, "at most 256"),
+    "an instance no object": ({"instances": [ASK, 3]}, "instances[1]"),
+    "no responses": ({"instances": [ASK, {"prompt": "p"}]}, "instances[1].responses: field required"),
+    "empty responses": ({"instances": [{"prompt": "p", "responses": []}]}, "instances[0].responses: list should"),
+    "a response no text": ({"instances": [{"prompt": "p", "responses": ["a", None]}]}, "instances[0].responses[1]: "),
+    "a response too long": ({"instances": [{"prompt": "p", "responses": ["a" * 200_001]}]}, "at most 200000 char"),
+    "a number for a worker": ({"instances": [ASK | {"worker_id": 17}]}, "instances[0].worker_id: input should be"),
+    "an empty worker": ({"instances": [ASK | {"worker_id": ""}]}, "instances[0].worker_id: string should have at"),
+    "a field too many": ({"instances": [ASK | {"posterior": [1]}]}, "instances[0].posterior: there is no such field"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_told_what_where_and_nothing_more(url, name):
+    body, words = BAD[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{url}/v1/models/coterie:predict", content=content, headers=headers)
+    assert response.status_code == 400
+    said = response.json()["error"]
+    assert words in said.lower()
+    assert len(said) < 600
+    assert not re.search(r"Traceback|pydantic|Error\b|/serving/|\.py", said)
+
+
+def test_another_content_type_is_a_bad_request(url):
+    headers = {"content-type": "text/plain"}
+    response = httpx.post(f"{url}/v1/models/coterie:predict", content=b"hello", headers=headers)
+    assert (response.status_code, "not a JSON object" in response.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_too_large_is_refused_before_it_is_read(url, chunked):
+    content = (b" " * 2**20 for _ in range(17)) if chunked else b" " * (17 * 2**20)
+    with httpx.Client() as client:
+        try:
+            response = client.post(f"{url}/v1/models/coterie:predict", content=content)
+        except httpx.WriteError:  # refused and closed while we were still sending
+            return
+    assert response.status_code == 413
+    assert "16777216 bytes" in response.json()["error"]
+
+
+def test_a_model_that_is_not_there_is_not_found(url):
+    assert predict(url, ASK, model="nothing").status_code == 404
+
+
+def test_health_says_live_and_ready(url):
+    assert httpx.get(f"{url}/v2/health/live").json() == {"live": True}
+    assert httpx.get(f"{url}/v1/models/coterie").json()["ready"] is True
+
+
+def test_probes_answer_while_texts_are_scored(url):
+    long = [{"prompt": "p", "responses": ["word " * 2000] * 64}] * 8
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(predict(url, *long)))
+    asking.start()
+    slowest, began = 0.0, time.monotonic()
+    while asking.is_alive():
+        started = time.monotonic()
+        assert httpx.get(f"{url}/v2/health/live").status_code == 200
+        slowest = max(slowest, time.monotonic() - started)
+    asking.join()
+    took = time.monotonic() - began
+    assert answers[0].status_code == 200
+    assert slowest < took / 3, f"a probe took {slowest:.2f} s of the {took:.2f} s of scoring"
+
+
+def test_a_router_asks_a_predictor_elsewhere_over_http(url, run, offline):
+    """The router's own process, as in a cluster: KServe's predictor_host names the predictor."""
+    from kserve import context
+    from kserve.errors import ModelNotReady
+    from kserve.predictor_config import PredictorConfig
+
+    from serving.profiles import FeastProfiles
+    from serving.router import Router
+
+    profiles = FeastProfiles.open(run / "publish")
+    payload = {"instances": [ASK | {"worker_id": "bob"}]}
+
+    async def ask(host):
+        context.set_predictor_config(PredictorConfig(predictor_host=host))
+        router = Router("coterie-predictor", offline.bundle.manifest, KEY.encode(), profiles)
+        answer, _ = await router(payload, {})
+        return answer
+
+    (prediction,) = asyncio.run(ask(url.removeprefix("http://")))["predictions"]
+    assert prediction["coterie"] == 1
+    np.testing.assert_allclose(prediction["scores"], offline.score(PROMPT, RESPONSES, POSTERIORS[1]).scores, atol=1e-6)
+    with pytest.raises(ModelNotReady, match="does not answer"):
+        asyncio.run(ask(f"127.0.0.1:{free_port()}"))
+
+
+# --------------------------------------------------------------------------------------- start, stop, refusals
+def test_another_key_is_not_ready_and_a_stop_answers_what_is_in_flight(run):
+    with serving(run, key="another key of sixteen bytes") as (server, url, log):
+        assert httpx.get(f"{url}/v2/health/live").status_code == 200
+        assert httpx.get(f"{url}/v1/models/coterie").status_code == 503
+        assert predict(url, ASK | {"worker_id": "ann"}).status_code == 503
+        said = log.read_text()
+        assert "NOT READY" in said
+        assert fingerprint(KEY.encode()) in said
+        assert fingerprint(b"another key of sixteen bytes") in said
+        assert "another key" not in said
+
+        private = {"prompt": "very private words", "responses": ["very private words", 3]}
+        assert predict(url, private, model="coterie-predictor").status_code == 400
+        assert "private" not in log.read_text()
+
+        before, answers = len(log.read_text()), []
+        long = [{"prompt": "p", "responses": ["word " * 2000] * 64}] * 8
+        asking = threading.Thread(target=lambda: answers.append(predict(url, *long, model="coterie-predictor")))
+        asking.start()
+        time.sleep(0.5)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        asking.join()
+        assert answers[0].status_code == 200
+        assert len(answers[0].json()["predictions"]) == 8
+        assert "Traceback" not in log.read_text()[before:]
+
+
+def serve_command(*arguments, **environ):
+    command = [sys.executable, "-m", "coterie.cli", "serve", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"COTERIE_PSEUDONYM_KEY": KEY} | environ
+    )
+
+
+def test_a_taken_port_is_a_configuration_error_at_once(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = serve_command(run / "bundle", "--port", port)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
+    done = serve_command(tmp_path, "--port", free_port())
+    assert done.returncode == 2
+    assert "manifest.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_profiles_and_settings_that_are_no_numbers_are_refused(run, tmp_path):
+    done = serve_command(run / "bundle", "--profiles", tmp_path / "none", "--port", free_port())
+    assert done.returncode == 2
+    assert "no published worker profiles" in done.stderr
+    done = serve_command(run / "bundle", "--port", free_port(), COTERIE_PROFILE_DEADLINE_MS="soon")
+    assert done.returncode == 2
+    assert "COTERIE_PROFILE_DEADLINE_MS=soon" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------ router and predictor
+class Known:
+    """A profile source of a few profiles; an outage where there are none."""
+
+    def __init__(self, profiles):
+        self.profiles = profiles
+
+    def get(self, worker_ids):
+        if self.profiles is None:
+            raise BackendUnavailable("down")
+        return [self.profiles.get(worker_id) for worker_id in worker_ids]
+
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+BOB = Profile(pseudonym(KEY.encode(), "bob"), (0.0, 1.0), 1.0, 40, 1, (0.1, 0.6, 0.3), "m1", NOW)
+
+
+@pytest.mark.parametrize(
+    ("profile", "reason"),
+    [
+        (BOB, None),
+        (replace(BOB, event_timestamp=NOW - timedelta(days=91)), "stale-profile"),
+        (replace(BOB, mixture_version="m0"), "other-mixture"),
+        (replace(BOB, posterior=(0.4, 0.6)), "damaged-profile"),
+        (None, "profiles-unavailable"),
+    ],
+)
+def test_every_fallback_reaches_the_answer(run, offline, profile, reason):
+    from serving.predictor import Predictor
+    from serving.router import Router
+
+    predictor = Predictor("coterie-predictor", run / "bundle", HashingEncoder())
+    predictor.load()
+    source = Known({profile.worker_id: profile} if profile else None)
+    router = Router("coterie", offline.bundle.manifest, KEY.encode(), source, predictor, clock=lambda: NOW)
+    answer, _ = asyncio.run(router({"instances": [ASK | {"worker_id": "bob"}, ASK]}, {}))
+    bob, nobody = answer["predictions"]
+    expected = offline.score(PROMPT, RESPONSES, BOB.posterior if reason is None else None)
+    np.testing.assert_allclose(bob["scores"], expected.scores, atol=1e-6)
+    assert bob["reason"] == reason
+    assert nobody["reason"] == "no-worker"
+
+
+def test_a_failure_inside_leaks_nothing(run, offline):
+    from kserve.errors import InferenceError
+
+    from serving.predictor import Predictor
+
+    class Broken(HashingEncoder):
+        def encode(self, texts):
+            if PROMPT in texts:
+                raise RuntimeError("CUDA error at 0xdeadbeef: the secret is 42")
+            return super().encode(texts)
+
+    predictor = Predictor("coterie-predictor", run / "bundle", Broken())
+    predictor.load()
+    with pytest.raises(InferenceError) as caught:
+        asyncio.run(predictor({"instances": [{"prompt": "", "responses": [PROMPT]}]}, {}))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_bundle_that_was_tampered_with_or_scores_otherwise_is_refused(run, tmp_path):
+    import shutil
+
+    from serving.predictor import Predictor
+
+    class Other(HashingEncoder):
+        def encode(self, texts):
+            return super().encode(texts) * 1.1
+
+    with pytest.raises(BadBundle, match="golden"):
+        Predictor("p", run / "bundle", Other()).load()
+    shutil.copytree(run / "bundle", tmp_path / "bundle")
+    (tmp_path / "bundle" / "rewards" / "global" / contracts.HEAD_FILE).write_bytes(b"something else")
+    with pytest.raises(BadBundle, match=r"head\.safetensors"):
+        Predictor("p", tmp_path / "bundle", HashingEncoder())
+
+
+if __name__ == "__main__":
+    from serving.server import serve
+
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), encoder=HashingEncoder())
