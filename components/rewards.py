@@ -23,9 +23,7 @@ def global_reward(
     from coterie.config import RewardSettings
 
     settings = RewardSettings.of(precision=precision, seed=seed)
-    artifacts.run(
-        stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings
-    )
+    artifacts.run(stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings)
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)

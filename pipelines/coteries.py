@@ -1,7 +1,7 @@
 """The main pipeline: from raw preferences to a bundle that serves, worker profiles in Feast, and a report.
 
-    python -m pipelines.coteries                              # writes pipelines/coteries.yaml anew
-    python -m pipelines.coteries --image NAME@sha256:... --out FILE.yaml      # to upload
+python -m pipelines.coteries                              # writes pipelines/coteries.yaml anew
+python -m pipelines.coteries --image NAME@sha256:... --out FILE.yaml      # to upload
 """
 
 # No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.

@@ -116,7 +116,9 @@ def _reason(failure: Path, log: Path) -> errors.CoterieError:
     finally:
         failure.unlink(missing_ok=True)
     kind = getattr(errors, word["type"], errors.RunFailed)
-    return kind(f"{word['stage']}: {word['message']}".replace(f"{word['stage']}: {word['stage']}: ", f"{word['stage']}: "))
+    return kind(
+        f"{word['stage']}: {word['message']}".replace(f"{word['stage']}: {word['stage']}: ", f"{word['stage']}: ")
+    )
 
 
 def _move(folder: Path, out: Path) -> None:

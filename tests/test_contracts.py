@@ -16,8 +16,14 @@ TABLES = [value for value in vars(contracts).values() if isinstance(value, contr
 
 
 def described():
-    tables = {t.name: {"version": t.version} | {f.name: f"{f.type}{'?' if f.nullable else ''}" for f in t.fields} for t in TABLES}
-    models = {m.__name__: m.model_json_schema() for m in (contracts.Manifest, contracts.Metrics, contracts.PredictRequest, contracts.Prediction)}
+    tables = {
+        t.name: {"version": t.version} | {f.name: f"{f.type}{'?' if f.nullable else ''}" for f in t.fields}
+        for t in TABLES
+    }
+    models = {
+        m.__name__: m.model_json_schema()
+        for m in (contracts.Manifest, contracts.Metrics, contracts.PredictRequest, contracts.Prediction)
+    }
     tensors = {name: list(value) for name, value in vars(contracts).items() if name.endswith("_TENSORS")}
     return {"tables": tables, "models": models, "tensors": tensors}
 

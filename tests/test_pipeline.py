@@ -59,7 +59,17 @@ def test_an_image_takes_the_place_of_the_placeholder(tmp_path):
 def test_a_run_leaves_every_stage_and_says_what_it_found(run):
     out, done = run
     folders = {path.parent.relative_to(out).as_posix() for path in out.rglob("stage.json")}
-    assert {"ingest", "encode", "embed", "cluster", "publish", "rewards/global", "evaluate", "bundle", "report"} <= folders
+    assert {
+        "ingest",
+        "encode",
+        "embed",
+        "cluster",
+        "publish",
+        "rewards/global",
+        "evaluate",
+        "bundle",
+        "report",
+    } <= folders
     assert not (out / ".run").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["data"]["workers"] == 24
@@ -70,7 +80,7 @@ def test_a_run_leaves_every_stage_and_says_what_it_found(run):
     assert "global reward, unknown-worker" in done.stdout
     page = (out / "report.html").read_text()
     assert "<svg" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_a_second_run_does_no_work_twice(run, environment, tmp_path):
@@ -88,7 +98,9 @@ def test_a_failed_stage_ends_the_run_with_its_reason_and_leaves_the_quarantine(e
     rows = [{"worker": "w", "prompt": "p", "chosen": f"a{i}", "rejected": "" if i % 2 else "b"} for i in range(40)]
     bad.write_text("\n".join(json.dumps(row) for row in rows))
     out = tmp_path / "out"
-    done = coterie("run", ROOT / "recipes" / "ukp.yaml", "--set", f"ingest.source={bad}", "--out", out, environment=environment)
+    done = coterie(
+        "run", ROOT / "recipes" / "ukp.yaml", "--set", f"ingest.source={bad}", "--out", out, environment=environment
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "quarantine.parquet" in done.stderr
@@ -98,7 +110,15 @@ def test_a_failed_stage_ends_the_run_with_its_reason_and_leaves_the_quarantine(e
 
 def test_score_answers_a_stranger_by_the_global_reward(run, environment):
     out, _ = run
-    ask = ["--prompt", "How do I bake bread?", "--response", "Mix and bake.", "--response", "Do this:\n- Mix\n- Bake", "--json"]
+    ask = [
+        "--prompt",
+        "How do I bake bread?",
+        "--response",
+        "Mix and bake.",
+        "--response",
+        "Do this:\n- Mix\n- Bake",
+        "--json",
+    ]
     made = coterie("score", out / "bundle", "--worker", "nobody", *ask, environment=environment)
     assert made.returncode == 0, made.stderr
     prediction = json.loads(made.stdout)

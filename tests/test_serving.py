@@ -1,7 +1,4 @@
-"""`coterie serve`: a real server process on a real bundle and real profiles, asked over HTTP.
-
-Run as a program, this file serves a bundle that was made with the encoder defined here.
-"""
+"""`coterie serve`: a real server process on a real bundle and real profiles, asked over HTTP."""
 
 import asyncio
 import json
@@ -13,175 +10,47 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from sklearn.feature_extraction.text import HashingVectorizer
 
 from coterie import contracts
-from coterie.bundle import Bundle, build_bundle
-from coterie.config import BundleSettings, EmbedSettings, EncodeSettings, PublishSettings
-from coterie.contracts import content_id
-from coterie.discovery.features import fit_features
-from coterie.encoding import encode
+from coterie.bundle import Bundle
 from coterie.errors import BackendUnavailable, BadBundle
 from coterie.ingest.pseudonyms import fingerprint, pseudonym
-from coterie.rewards import RewardHead
 from coterie.routing import Profile
 from coterie.scoring import Scorer
+from tests.served import (
+    KEY,
+    POSTERIORS,
+    WORKERS,
+    HashingEncoder,
+    free_port,
+    make_bundle,
+    publish_profiles,
+    serving,
+)
 
-ROOT = Path(__file__).parents[1]
-KEY = "a key that only this test knows"
-WORKERS = ["ann", "bob", "émile 🙂"]
-POSTERIORS = np.float32([[0.97, 0.02, 0.01], [0.1, 0.6, 0.3], [0.02, 0.01, 0.97]])
 PROMPT = "Shall I take the earlier train?"
 RESPONSES = ["Yes.", "No! Take the later one, perhaps; it is emptier.", "That depends.\n- cost\n- comfort"]
 ASK = {"prompt": PROMPT, "responses": RESPONSES}
 
 
-class HashingEncoder:
-    """Bags of hashed words: an encoder that loads in no time and needs no weights."""
-
-    name, revision, dimension, max_tokens, truncated = "hashing", "1", 32, 256, 0
-
-    def __init__(self):
-        self._vectorizer = HashingVectorizer(n_features=self.dimension)
-
-    def text(self, prompt, response):
-        return response
-
-    def encode(self, texts):
-        return self._vectorizer.transform(texts).toarray().astype(np.float32)
-
-
-# ------------------------------------------------------------------------------------------ bundle and profiles
-def write_comparisons(path):
-    words = ["train", "boat", "early", "late", "cheap", "slow", "warm", "cold", "maybe", "surely", "never", "walk"]
-    rng = np.random.default_rng(0)
-    rows = {field.name: [] for field in contracts.COMPARISON.fields}
-    for i in range(120):
-        prompt = f"Question {i // 2}?"
-        pair = [" ".join(rng.choice(words, rng.integers(3, 12))) + end for end in rng.permutation([".", "!"])]
-        ids = [content_id(prompt, text) for text in pair]
-        row = {
-            "comparison_id": str(i),
-            "worker_id": pseudonym(KEY.encode(), WORKERS[i % 3]),
-            "prompt": prompt,
-            "prompt_id": content_id(prompt),
-            "chosen": pair[0],
-            "rejected": pair[1],
-            "chosen_id": ids[0],
-            "rejected_id": ids[1],
-            "pair_id": content_id(*sorted(ids)),
-            "label": 1.0,
-            "split": contracts.SPLITS[i // 2 % 3],
-            "source": "test",
-        }
-        for name, column in rows.items():
-            column.append(row.get(name))
-    contracts.COMPARISON.write(path, rows)
-
-
-def make_bundle(root):
-    """A bundle of three coteries with rewards that differ, of which the last serves the global one."""
-    for name in ("ingest", "encode", "embed", "cluster", "evaluate"):
-        (root / name).mkdir(parents=True)
-    comparisons, vectors = root / "ingest" / "comparisons.parquet", root / "encode" / "vectors.parquet"
-    write_comparisons(comparisons)
-    encode(comparisons, root / "encode", EncodeSettings(), root / "cache", HashingEncoder())
-    features = fit_features(comparisons, vectors, EmbedSettings(components=8))
-    features.save(root / "embed" / contracts.FEATURES_FILE)
-    rng = np.random.default_rng(1)
-    rewards = {}
-    for name in ("global", "coterie-0", "coterie-1", "coterie-2"):
-        rewards[name] = root / "rewards" / name
-        RewardHead(rng.normal(size=len(features.names))).save(rewards[name] / contracts.HEAD_FILE)
-    (root / "embed" / contracts.MODEL_FILE).write_bytes(b"the low-rank model; scoring does not read it")
-    (root / "cluster" / contracts.MIXTURE_FILE).write_bytes(b"the mixture; scoring does not read it")
-    gates = [{"coterie": k, "serves": "own" if k < 2 else "global", "reason": "test"} for k in range(3)]
-    metrics = {
-        "ingest": {"key_fingerprint": fingerprint(KEY.encode())},
-        "embed": {"rank": 2},
-        "cluster": {
-            "mixture_version": "m1",
-            "selection": {"coteries": 3, "verdict": "coteries"},
-            "stability": {"half_split_ari": 0.5},
-            "seed": 0,
-        },
-        "evaluate": {"gates": gates, "heldout": {"seen": {"accuracy": 0.7, "log_loss": 0.6}}},
-    }
-    for name, content in metrics.items():
-        (root / name / "metrics.json").write_text(json.dumps(content))
-    build_bundle(
-        ingested=root / "ingest",
-        encoded=root / "encode",
-        embedded=root / "embed",
-        clustered=root / "cluster",
-        rewards=rewards,
-        evaluated=root / "evaluate",
-        out=root / "bundle",
-        settings=BundleSettings(reference=64),
-    )
-    return root / "bundle"
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder with a bundle and the published profiles of its workers."""
-    from feature_repo.publish import publish
-
     root = tmp_path_factory.mktemp("serving")
     make_bundle(root)
-    columns = {
-        "worker_id": [pseudonym(KEY.encode(), name) for name in WORKERS],
-        "embedding": np.eye(3, 2),
-        "reliability": np.ones(3),
-        "comparisons": [40, 40, 40],
-        "coterie": POSTERIORS.argmax(1),
-        "posterior": POSTERIORS,
-        "mixture_version": ["m1"] * 3,
-    }
-    contracts.ASSIGNMENT.write(root / "cluster" / "assignments.parquet", columns, embedding=2, posterior=3)
-    publish(root / "cluster", root / "publish", PublishSettings())
+    publish_profiles(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def offline(run):
     return Scorer(Bundle.load(run / "bundle"), HashingEncoder())
-
-
-# ------------------------------------------------------------------------------------------------------ server
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def serving(run, key=KEY):
-    """Start the server as a process; yields it, its address and its log once it listens."""
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, __file__, str(run / "bundle"), str(run / "publish"), url.rpartition(":")[2]]
-    environ = os.environ | {"COTERIE_PSEUDONYM_KEY": key, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    log = run / f"server-{time.monotonic_ns()}.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, env=environ, cwd=run, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while "Try: curl" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield server, url, log
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -492,9 +361,3 @@ def test_a_bundle_that_was_tampered_with_or_scores_otherwise_is_refused(run, tmp
     (tmp_path / "bundle" / "rewards" / "global" / contracts.HEAD_FILE).write_bytes(b"something else")
     with pytest.raises(BadBundle, match=r"head\.safetensors"):
         Predictor("p", tmp_path / "bundle", HashingEncoder())
-
-
-if __name__ == "__main__":
-    from serving.server import serve
-
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), encoder=HashingEncoder())

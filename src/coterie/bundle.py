@@ -35,7 +35,12 @@ from coterie.discovery.features import FeatureMap
 from coterie.errors import BadBundle, BadData
 from coterie.rewards import RewardHead
 
-MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = "manifest.json", "golden.json", "reference.safetensors", "README.md"
+MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
+    "manifest.json",
+    "golden.json",
+    "reference.safetensors",
+    "README.md",
+)
 _OF_THE_STAGE = {"stage.json", "metrics.json"}  # the stage's own records, beside the bundle's files
 _GOLDEN_PROMPTS = 8
 
@@ -69,18 +74,18 @@ class Bundle:
         if verify:
             _verify(path, manifest)
         try:
-            heads = {
-                folder.name: RewardHead.load(folder)
-                for folder in sorted((path / "rewards").iterdir())
-                if folder.is_dir()
-            }
+            heads = {file.parent.name: RewardHead.load(file) for file in sorted(path.glob(f"rewards/*/{HEAD_FILE}"))}
             features = FeatureMap.load(path / FEATURES_FILE)
             golden = json.loads((path / GOLDEN_FILE).read_text(encoding="utf-8"))
         except (BadData, OSError, ValueError) as error:
             raise BadBundle(f"{path}: {error}") from error
         wanted = {GLOBAL} | {f"coterie-{gate.coterie}" for gate in manifest.gates if gate.serves == "own"}
         if missing := wanted - heads.keys():
-            raise BadBundle(f"{path}: the manifest serves {', '.join(sorted(missing))}, which is not there. Make it again.")
+            raise BadBundle(
+                f"{path}: the manifest serves {', '.join(sorted(missing))}, which is not there. Make it again."
+            )
+        if not any(model.role == "encoder" for model in manifest.base_models):
+            raise BadBundle(f"{path / MANIFEST_FILE}: names no encoder. Fetch or make the bundle again.")
         return cls(path, manifest, features, heads, golden)
 
     @property
@@ -234,7 +239,9 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BadBundle(f"{path}: no {MANIFEST_FILE}, so no bundle. Give the folder that `coterie bundle` wrote.") from error
+        raise BadBundle(
+            f"{path}: no {MANIFEST_FILE}, so no bundle. Give the folder that `coterie bundle` wrote."
+        ) from error
     except (OSError, ValueError) as error:
         raise BadBundle(f"{file}: not readable ({error}). Fetch or make the bundle again.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -257,15 +264,19 @@ def _verify(path: Path, manifest: Manifest) -> None:
         if name not in found:
             raise BadBundle(f"{path}: {name} is missing. Fetch or make the bundle again.")
         if _sha256(path / name) != expected:
-            raise BadBundle(f"{path}: {name} is not the file that the manifest names (SHA-256). Fetch the bundle again.")
+            raise BadBundle(
+                f"{path}: {name} is not the file that the manifest names (SHA-256). Fetch the bundle again."
+            )
     if foreign := sorted(found - manifest.files.keys()):
         raise BadBundle(f"{path}: {', '.join(foreign)} is not in the manifest. Remove it, or fetch the bundle again.")
 
 
 def _files(path: Path) -> list[str]:
+    """The bundle's files; not the stage's own records, nor hidden ones, which a hub or a volume adds and nothing reads."""
     own = {MANIFEST_FILE, *_OF_THE_STAGE}
-    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return sorted(name for name in names if name not in own)
+    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    visible = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    return sorted(name for name in visible if name not in own)
 
 
 def _sha256(path: Path) -> str:

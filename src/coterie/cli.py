@@ -17,7 +17,7 @@ import orjson
 
 from coterie import __version__, config, stages
 from coterie.errors import BadConfiguration, CoterieError
-from coterie.simulation.annotators import SimulationSettings
+from coterie.simulation.settings import SimulationSettings
 
 PathOption = click.Path(path_type=Path)
 
@@ -111,7 +111,9 @@ def simulate(out: Path, **values: Any) -> None:
     from coterie.simulation import write_simulation
 
     written = write_simulation(read_settings(SimulationSettings, values), out)
-    click.echo(f"{written['comparisons']:,} comparisons of {written['workers']:,} annotators in {out}/preferences.jsonl")
+    click.echo(
+        f"{written['comparisons']:,} comparisons of {written['workers']:,} annotators in {out}/preferences.jsonl"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the stages
@@ -261,7 +263,13 @@ def _rewards(folder: Path) -> list[Path]:
 
 
 def _stage_folders(folder: Path) -> dict[str, Any]:
-    names = {"ingested": "ingest", "encoded": "encode", "embedded": "embed", "clustered": "cluster", "evaluated": "evaluate"}
+    names = {
+        "ingested": "ingest",
+        "encoded": "encode",
+        "embedded": "embed",
+        "clustered": "cluster",
+        "evaluated": "evaluate",
+    }
     return {key: folder / name for key, name in names.items()} | {"rewards": _rewards(folder / "rewards")}
 
 

@@ -38,11 +38,15 @@ class IngestSettings(Settings):
         description="files, globs, s3://, hf://, or simulated://SETTING?workers=..&seed=..",
     )
     format: Format = Field(default="auto", description="the sources' format; auto looks")
-    columns: dict[str, str] = Field(default={}, description="for tables: our column = theirs, as in worker_id=annotator")
+    columns: dict[str, str] = Field(
+        default={}, description="for tables: our column = theirs, as in worker_id=annotator"
+    )
     pseudonyms: Literal["keyed", "none"] = Field(
         default="keyed", description="keyed: HMAC-SHA-256 of the worker ids; none: keep them as they are"
     )
-    max_refused: float = Field(default=0.05, ge=0, le=1, description="largest share of refused rows before the run fails")
+    max_refused: float = Field(
+        default=0.05, ge=0, le=1, description="largest share of refused rows before the run fails"
+    )
     validation_share: float = Field(default=0.15, gt=0, lt=0.5, description="share of prompts that gates are judged on")
     test_share: float = Field(default=0.2, gt=0, lt=0.5, description="share of prompts that only reports see")
     seed: int = Field(default=0, ge=0, description="decides which prompts are held out")
@@ -110,7 +114,9 @@ class EvaluateSettings(Settings):
 class BundleSettings(Settings):
     """The served artifact."""
 
-    name: str = Field(default="coterie", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="name of the model")
+    name: str = Field(
+        default="coterie", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="name of the model"
+    )
     reference: int = Field(default=512, ge=32, description="responses that rewards are centred and scaled on")
 
 

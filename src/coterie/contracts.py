@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -80,7 +80,8 @@ class Table:
     def schema(self, metadata: dict[str, str] | None = None, **sizes: int) -> pa.Schema:
         """The Arrow schema; `sizes` names the length of each vector column, `metadata` is added to the file's own."""
         fields = [
-            pa.field(f.name, vector_type(sizes[f.name]), f.nullable) if pa.types.is_list(f.type) else f for f in self.fields
+            pa.field(f.name, vector_type(sizes[f.name]), f.nullable) if pa.types.is_list(f.type) else f
+            for f in self.fields
         ]
         meta = {_META_NAME: self.name.encode(), _META_VERSION: str(self.version).encode()}
         meta |= {k.encode(): v.encode() for k, v in (metadata or {}).items()}
@@ -98,7 +99,9 @@ class Table:
         try:
             file = pq.ParquetFile(where, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise BadData(f"{where}: not a readable Parquet file ({error}). Run the stage that writes it again.") from error
+            raise BadData(
+                f"{where}: not a readable Parquet file ({error}). Run the stage that writes it again."
+            ) from error
         meta = file.schema_arrow.metadata or {}
         name, version = meta.get(_META_NAME, b"").decode(), meta.get(_META_VERSION, b"").decode()
         if name != self.name:
@@ -112,7 +115,9 @@ class Table:
             raise BadData(f"{where}: {self.name} schema version {version}, this program reads {self.version}. {remedy}")
         missing = [f.name for f in self.fields if f.name not in file.schema_arrow.names]
         if missing:
-            raise BadData(f"{where}: a {self.name} table without {', '.join(missing)}. Run the stage that writes it again.")
+            raise BadData(
+                f"{where}: a {self.name} table without {', '.join(missing)}. Run the stage that writes it again."
+            )
         return file
 
     def read(self, path: str | Path, columns: list[str] | None = None) -> pa.Table:
@@ -122,7 +127,11 @@ class Table:
     def metadata(self, path: str | Path) -> dict[str, str]:
         """The file's own metadata (encoder name, mixture version and the like) as strings."""
         raw = self.open(path).schema_arrow.metadata or {}
-        return {k.decode(): v.decode() for k, v in raw.items() if not k.startswith((b"coterie.table", b"coterie.schema", b"ARROW"))}
+        return {
+            k.decode(): v.decode()
+            for k, v in raw.items()
+            if not k.startswith((b"coterie.table", b"coterie.schema", b"ARROW"))
+        }
 
     @contextmanager
     def writer(self, path: Path, metadata: dict[str, str] | None = None, **sizes: int) -> Iterator[pq.ParquetWriter]:
@@ -174,7 +183,7 @@ def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, np.dtype[np.fl
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty or several-chunk column
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
     values = array.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(array), array.type.list_size).astype(np.float32, copy=False)
+    return np.asarray(values.reshape(len(array), array.type.list_size), dtype=np.float32)
 
 
 def _field(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:

@@ -204,7 +204,10 @@ def evaluate(
             "seen": Heldout(
                 accuracy=overall.accuracy.value, log_loss=overall.log_loss.value, difference_to_pooled=gain
             ).model_dump()
-            | {"accuracy_interval": overall.accuracy.model_dump(), "pooled": test.quality(common, everybody).model_dump()},
+            | {
+                "accuracy_interval": overall.accuracy.model_dump(),
+                "pooled": test.quality(common, everybody).model_dump(),
+            },
             "unseen_by_shots": {},
         },
         "worst": _worst(test, shipped, people),
@@ -266,7 +269,9 @@ def _worst(test: _Judged, shipped: Array, people: list[Array]) -> dict[str, floa
     right = votes.sum_by_worker(test._right(shipped) * decided)
     enough = count >= _DECILE_COMPARISONS
     worst = {}
-    accuracies = [(right[who & (count > 0)] / count[who & (count > 0)]).mean() for who in people if (who & (count > 0)).any()]
+    accuracies = [
+        (right[who & (count > 0)] / count[who & (count > 0)]).mean() for who in people if (who & (count > 0)).any()
+    ]
     if accuracies:
         worst["coterie"] = float(min(accuracies))
     if enough.any():
@@ -285,5 +290,3 @@ def _calibration_error(margin: Array, y: Array, bins: int = 10) -> float:
     bin_ = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     gaps = np.abs(np.bincount(bin_, confidence - right, bins))
     return float(gaps.sum() / len(p))
-
-

@@ -54,10 +54,13 @@ def fit_head(x: Array, y: Array, sample_weight: Array, prior_mean: Array, precis
         weight [d], float64.
 
     Raises:
+        BadData: features that are not finite.
         RunFailed: the optimum was not reached.
     """
     mean = np.asarray(prior_mean, dtype=np.float64)
     features, weight = np.asarray(x, dtype=np.float32), np.asarray(sample_weight, dtype=np.float32)
+    if not np.isfinite(features.sum(dtype=np.float64)):
+        raise BadData("a reward cannot be fitted on features that are not finite; run embed again")
     unit = 1.0 / max(float(weight.sum()), 1.0)  # the objective a comparison, so that one tolerance fits all sizes
 
     def objective(theta: Array) -> tuple[float, Array]:
@@ -77,7 +80,7 @@ def fit_head(x: Array, y: Array, sample_weight: Array, prior_mean: Array, precis
     if not np.isfinite(result.fun) or np.abs(objective(result.x)[1]).max() > 1e-3:
         raise RunFailed(
             f"the reward head did not converge on {len(y):,} comparisons ({result.message}). "
-            "Look for features that are not finite or not standardised in the embed stage."
+            "Are the features standardised? Run embed again."
         )
     solution: Array = result.x
     return solution

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
-from coterie.contracts import GLOBAL, Prediction, RoutedInstance
 from coterie.config import EncodeSettings
+from coterie.contracts import GLOBAL, Prediction, RoutedInstance
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
 from coterie.rewards import RewardHead

@@ -184,7 +184,14 @@ def report(
     from coterie.report import assemble_metrics, write_report
 
     named = _named_rewards(rewards)
-    stages = {"ingest": ingested, "encode": encoded, "embed": embedded, "cluster": clustered, "evaluate": evaluated, **named}
+    stages = {
+        "ingest": ingested,
+        "encode": encoded,
+        "embed": embedded,
+        "cluster": clustered,
+        "evaluate": evaluated,
+        **named,
+    }
 
     def work(folder: Path) -> dict[str, Any]:
         records = {name: json.loads((path / STAGE_FILE).read_text(encoding="utf-8")) for name, path in stages.items()}
@@ -230,7 +237,9 @@ def _stage(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        failure = RunFailed(f"{name}: the disk below {out.parent} is full. Free some space; nothing half-written was left.")
+        failure = RunFailed(
+            f"{name}: the disk below {out.parent} is full. Free some space; nothing half-written was left."
+        )
         _leave_word(name, failure)
         raise failure from error
 
@@ -285,9 +294,9 @@ def content_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        if file.name != STAGE_FILE and file.suffix != ".pyc":
-            digest.update(f"{file.relative_to(path)}\0{content_digest(file)}\0".encode())
+    for part in sorted(p for p in path.rglob("*") if p.is_file()):
+        if part.name != STAGE_FILE and part.suffix != ".pyc":
+            digest.update(f"{part.relative_to(path)}\0{content_digest(part)}\0".encode())
     return digest.hexdigest()
 
 
@@ -303,7 +312,16 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ("coterie", "numpy", "scipy", "scikit-learn", "pyarrow", "torch", "transformers", "sentence-transformers"):
+    for package in (
+        "coterie",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pyarrow",
+        "torch",
+        "transformers",
+        "sentence-transformers",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

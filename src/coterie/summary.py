@@ -60,7 +60,9 @@ def closing_words(run: Path) -> str:
     ]
     for coterie in metrics["coteries"]:
         likes = ", ".join(coterie["likes"]) or "what everybody likes"
-        lines.append(f"  coterie {coterie['id']}: {coterie['workers']} workers, serves {coterie['serves']}; likes {likes}")
+        lines.append(
+            f"  coterie {coterie['id']}: {coterie['workers']} workers, serves {coterie['serves']}; likes {likes}"
+        )
     if metrics["truth"]:
         lines.append(f"Simulated annotators: adjusted Rand index to the truth {metrics['truth']['ari']:.2f}.")
     lines += ["", *_example(run), "", f"Report: {run / 'report.html'}", f"Serve:  coterie serve {run / 'bundle'}"]
@@ -80,12 +82,16 @@ def _example(run: Path) -> list[str]:
     two = [surest[int(np.argmin(gap))], surest[int(np.argmax(gap))]] if len(surest) > 1 else [surest[0]]
     scorer, path = load_scorer(bundle), run / "publish" / PROFILES_FILE
     lines = [f"Prompt: {entry['prompt'][:100]}"]
-    lines += [f"  {letter}: {' '.join(text.split())[:110]}" for letter, text in zip("AB", entry["responses"], strict=True)]
+    lines += [
+        f"  {letter}: {' '.join(text.split())[:110]}" for letter, text in zip("AB", entry["responses"], strict=True)
+    ]
     people: list[tuple[str, str | None]] = [(f"worker {names[i][:10]}… of coterie {coterie[i]}", names[i]) for i in two]
     for label, known_as in [*people, ("a stranger", "nobody-we-know")]:
         made = _predict(scorer, path, entry["prompt"], entry["responses"], known_as)
         source = "own profile" if made.source == "profile" else f"global reward, {made.reason}"
-        lines.append(f"  {label:34} A {made.scores[0]:+.2f}  B {made.scores[1]:+.2f}  prefers {'AB'[made.best]}  ({source})")
+        lines.append(
+            f"  {label:34} A {made.scores[0]:+.2f}  B {made.scores[1]:+.2f}  prefers {'AB'[made.best]}  ({source})"
+        )
     return lines
 
 

@@ -56,9 +56,8 @@ def reliability_step(
 ) -> tuple[Array, float]:
     """One Gauss-Newton step of log beta_i under log beta_i ~ N(0, variance).
 
-    Reliability and the length of theta share one scale. `centered` fixes it: log beta has mean 0 over the workers who
-    vote (the multiplier of that constraint is subtracted from the gradient). Alternating without it crawls along the
-    shared direction.
+    The reliabilities of a coterie's workers and the length of its theta share one scale. `centered` fixes it: log beta
+    has mean 0 over each coterie's workers who vote. Alternating without it crawls along the shared directions.
 
     Args:
         log_reliability: [n_workers].
@@ -75,11 +74,21 @@ def reliability_step(
         logits = beta * margin
         gradient = gradient + weights[:, k] * votes.sum_by_worker(residual(logits, votes.y) * logits)
         hessian = hessian + weights[:, k] * votes.sum_by_worker(curvature(logits) * logits**2)
-    gradient[~votes.present] = 0.0
+    present = votes.present
+    gradient[~present] = 0.0
     if centered:
-        multiplier = (gradient / hessian)[votes.present].sum() / (1 / hessian)[votes.present].sum()
-        gradient[votes.present] -= multiplier
+        gradient[present] -= constraint(gradient[present], hessian[present], weights[present])
     updated = np.clip(log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
     if centered:
-        updated[votes.present] -= updated[votes.present].mean()
+        updated[present] -= constraint(updated[present], np.ones(int(present.sum())), weights[present])
     return updated, float(np.abs(gradient).max())
+
+
+def constraint(gradient: Array, hessian: Array, weights: Array) -> Array:
+    """What to subtract from a gradient [n] so that the step gradient / hessian has weighted sums [K] of 0.
+
+    It is the constraint's Lagrange multipliers, spread over the workers by their weights [n, K].
+    """
+    scaled = weights / hessian[:, None]
+    multipliers = np.linalg.lstsq(weights.T @ scaled, scaled.T @ gradient, rcond=1e-9)[0]
+    return np.asarray(weights @ multipliers)

@@ -23,8 +23,8 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from coterie.contracts import LOWRANK_TENSORS, replacing
+from coterie.discovery.logistic import constraint, gram, log_loss, residual
 from coterie.discovery.logistic import curvature as logistic_curvature
-from coterie.discovery.logistic import gram, log_loss, residual
 from coterie.discovery.pooled import ReliabilityReward, Reward
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
 from coterie.errors import BadData
@@ -104,8 +104,8 @@ class LowRankReward(Reward):
         self.reliability_variance_ = base.reliability_variance
         if len(votes) > 2 * PILOT:
             some = random_workers(votes, PILOT, 50 * self.rank, self.seed)
-            theta, basis, _ = self._optimise(votes.of_workers(some), theta, None, base.log_reliability_[some])
-        theta, basis, workers = self._optimise(votes, theta, basis, base.log_reliability_)
+            theta, basis, _ = self._optimise(votes.of_workers(some), theta, None)
+        theta, basis, workers = self._optimise(votes, theta, basis)
         rotation, lengths, _ = np.linalg.svd(basis.T @ basis)
         rotation *= np.where(lengths > 0, _signs(basis @ rotation), 1.0)
         self.n_features_in_, self.embedding_variance_ = votes.n_features, 1.0
@@ -116,18 +116,19 @@ class LowRankReward(Reward):
         return self
 
     def _optimise(
-        self, votes: Votes, theta: Array, basis: Array | None, log_reliability: Array
+        self, votes: Votes, theta: Array, basis: Array | None
     ) -> tuple[Array, Array, _Workers]:
         n, r = len(votes), self.rank
-        beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
-        logits = beta * (votes.x @ theta.astype(np.float32))
-        hessian = gram(votes.x, logistic_curvature(logits) * beta**2) / n
+        # Everybody starts equally reliable: pooled + reliability takes another taste for carelessness, and from a
+        # beta of nearly 0 there is no way back.
+        logits = votes.x @ theta.astype(np.float32)
+        hessian = gram(votes.x, logistic_curvature(logits)) / n
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:
-            basis = _spectral_basis(votes, beta * residual(logits, votes.y), hessian * n, r)
+            basis = _spectral_basis(votes, residual(logits, votes.y), hessian * n, r)
         eye = np.broadcast_to(np.eye(r), (votes.n_workers, r, r))
-        workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), log_reliability.copy())
+        workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), np.zeros(votes.n_workers))
         variance = self.reliability_variance_
         _sweeps(votes, *_project(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
         precision = np.concatenate([[self.precision], np.full(r, self.basis_precision)])
@@ -152,7 +153,7 @@ class LowRankReward(Reward):
                 break
         stacked = solve_triangular(root, point.reshape(-1, r + 1), lower=True, trans="T")
         theta, basis = stacked[:, 0], stacked[:, 1:]
-        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _SWEEPS, centered=True)
+        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
         return theta, basis, workers
 
     def save(self, path: Path) -> None:
@@ -267,7 +268,7 @@ def _sweeps(
         present = votes.present
         gradient[~present] = 0
         if centered:
-            gradient[present] -= (gradient / hessian)[present].sum() / (1 / hessian)[present].sum()
+            gradient[present] -= constraint(gradient[present], hessian[present], np.ones((int(present.sum()), 1)))
         workers.log_reliability = np.clip(workers.log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
         if centered:
             workers.log_reliability[present] -= workers.log_reliability[present].mean()

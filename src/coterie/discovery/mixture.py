@@ -50,6 +50,7 @@ class MixtureReward(Reward):
         weights_: [K], the prior of a worker's coterie.
         responsibilities_: [n_workers, K]; the weights for a worker without votes.
         log_reliability_: [n_workers].
+        smallest_: workers with votes in the smallest coterie, each counted in their most probable one.
         n_iter_: EM iterations on all votes.
         gradient_: the largest component of the gradient of the mean penalised log-loss where it stopped.
     """
@@ -87,11 +88,12 @@ class MixtureReward(Reward):
         base = self.base or ReliabilityReward(reliability_variance=self.reliability_variance, tol=self.tol).fit(votes)
         self.n_features_in_, self.reliability_variance_ = votes.n_features, base.reliability_variance
         self._center = base.theta_.astype(np.float64)
-        theta, log_beta = np.tile(self._center, (self.n_coteries, 1)), base.log_reliability_.copy()
+        # Everybody starts equally reliable: pooled + reliability takes another taste for carelessness.
+        theta, log_beta = np.tile(self._center, (self.n_coteries, 1)), np.zeros(votes.n_workers)
         weights = np.full(self.n_coteries, 1 / self.n_coteries)
         if self.n_coteries == 1:
             self.n_iter_, self.gradient_ = base.n_iter_, base.gradient_
-            responsibilities = np.ones((votes.n_workers, 1))
+            responsibilities, log_beta = np.ones((votes.n_workers, 1)), base.log_reliability_
         elif labels is not None:
             given = np.eye(self.n_coteries)[labels]
             theta, _, log_beta, _ = self._em(votes, theta, log_beta, weights, given, hold=True)
@@ -103,18 +105,21 @@ class MixtureReward(Reward):
             if len(votes) > 2 * PILOT:
                 some = random_workers(votes, PILOT, 50 * self.n_coteries, self.seed)
                 pilot = votes.of_workers(some)
-                first = self._start(pilot, log_beta[some])
+                first = self._start(pilot)
                 theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first)
             else:
-                start = self._start(votes, log_beta)
+                start = self._start(votes)
             theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, start)
+        responsibilities = np.where(votes.present[:, None], responsibilities, weights)
         order = np.argsort(-weights, kind="stable")
         self.theta_, self.weights_ = theta[order].astype(np.float32), weights[order]
         self.responsibilities_, self.log_reliability_ = responsibilities[:, order], log_beta
+        own = responsibilities[votes.present].argmax(axis=1)
+        self.smallest_ = int(np.bincount(own, minlength=self.n_coteries).min())
         return self
 
-    def _start(self, votes: Votes, log_beta: Array) -> Array:
-        labels = spectral_labels(votes, self._center, log_beta, self.n_coteries, self.precision, self.seed)
+    def _start(self, votes: Votes) -> Array:
+        labels = spectral_labels(votes, self._center, self.n_coteries, self.precision, self.seed)
         return np.asarray(np.eye(self.n_coteries)[labels])
 
     def _em(
@@ -219,18 +224,15 @@ class MixtureReward(Reward):
         return np.asarray(above - below)
 
 
-def spectral_labels(
-    votes: Votes, theta: Array, log_reliability: Array, n_coteries: int, precision: float, seed: int
-) -> Array:
+def spectral_labels(votes: Votes, theta: Array, n_coteries: int, precision: float, seed: int) -> Array:
     """Coteries to start from, [n_workers]: k-means in the leading directions in which workers differ from theta [d].
 
     A worker's taste is estimated by one Newton step from theta under the prior N(0, I / precision); the directions are
     the leading right singular vectors of these estimates, each weighted by the root of the worker's comparisons.
     """
-    beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
-    logits = beta * (votes.x @ theta.astype(np.float32))
-    gradients = votes.gradients_by_worker(beta * residual(logits, votes.y))[votes.present]
-    values, vectors = np.linalg.eigh(gram(votes.x, beta**2 * curvature(logits)) / len(votes))
+    logits = votes.x @ theta.astype(np.float32)
+    gradients = votes.gradients_by_worker(residual(logits, votes.y))[votes.present]
+    values, vectors = np.linalg.eigh(gram(votes.x, curvature(logits)) / len(votes))
     counts = votes.counts[votes.present].astype(np.float64)
     tastes = (gradients @ vectors) / (counts[:, None] * np.maximum(values, 0) + precision)
     weighted = tastes * np.sqrt(counts)[:, None]

@@ -18,6 +18,7 @@ from coterie.config import ClusterSettings, EmbedSettings
 from coterie.contracts import Candidate
 from coterie.discovery.clustering import Method, fit_coteries
 from coterie.discovery.lowrank import LowRankReward
+from coterie.discovery.mixture import MixtureReward
 from coterie.discovery.pooled import PooledReward, ReliabilityReward, Reward
 from coterie.discovery.votes import Array, Votes, random_workers
 from coterie.progress import progress
@@ -27,8 +28,10 @@ RELIABILITY_VARIANCES = (0.003, 0.03, 0.25, 1.0)
 COTERIE_PRECISIONS = (30.0, 100.0, 300.0)
 BASIS_PRECISIONS = (30.0, 300.0)
 _HELD_OUT = 0.25  # of the prompts, in each split
+_FEWEST_WORKERS = 2  # that make a coterie
 _FEWEST_PROMPTS = 5  # with fewer, pairs are held out
 _MOST = 200_000  # comparisons that candidates are compared on: more change no choice and cost minutes
+_NOTICEABLE = 1e-4  # nats a comparison
 _PATIENCE = 2  # sizes in a row that bring no better mean before larger ones are given up
 
 Make = Callable[[Votes, ReliabilityReward], Reward]
@@ -99,8 +102,14 @@ class HeldOut:
         return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.nan)
 
     def losses(self, make: Make) -> Array:
-        """Held-out log-loss of each worker, [n_workers], under what `make` fits to a split's votes and its base."""
-        return self._by_worker([make(train, base) for (train, _), base in zip(self.splits, self.bases, strict=True)])
+        """Held-out log-loss of each worker, [n_workers], under what `make` fits to a split's votes and its base.
+
+        Infinite where a split leaves a coterie with a single worker or none: so many groups there are not.
+        """
+        rewards = [make(train, base) for (train, _), base in zip(self.splits, self.bases, strict=True)]
+        if any(isinstance(r, MixtureReward) and r.smallest_ < _FEWEST_WORKERS for r in rewards):
+            return np.full(self.workers, np.inf)
+        return self._by_worker(rewards)
 
     def base(self, votes: Votes) -> ReliabilityReward:
         """Pooled + reliability under the chosen priors, fitted to all of some votes."""
@@ -221,8 +230,8 @@ def smallest_within_one_error(reference: Array, losses: dict[int, Array], none: 
 
 
 def beats(gain: float, error: float) -> bool:
-    """Whether a mean gain is larger than its standard error, and than rounding."""
-    return gain > max(error, 1e-6)
+    """Whether a mean gain is larger than its standard error, and large enough for anybody to notice."""
+    return gain > max(error, _NOTICEABLE)
 
 
 def _paired(a: Array, b: Array) -> tuple[float, float]:

@@ -76,7 +76,7 @@ def encode(
                 found |= dict(zip(missing, new, strict=True))
                 encoded += len(missing)
             vectors[list(rows)] = [found[i] for i in ids]
-            style[list(rows)] = style_features(prompts, responses)
+            style[list(rows)] = style_features(list(prompts), list(responses))
             bar.update(len(chunk))
     with VECTOR.writer(out / "vectors.parquet", metadata, **sizes) as writer:
         names = sorted(where)

@@ -190,14 +190,21 @@ def selection(candidates: Sequence[dict[str, Any]]) -> str | None:
 
 
 def glyph(coterie: int) -> str:
-    """A coterie's marker alone, to stand in a line of text."""
+    """A coterie's marker alone, to stand in a line of text, as often as need be: it has no ids."""
 
     def draw(ax: Axes) -> None:
-        colour, marker = look(coterie)
-        ax.plot(0, 0, marker=marker, markersize=9, color=colour)
+        from matplotlib.markers import MarkerStyle
+        from matplotlib.patches import PathPatch
+
+        colour, name = look(coterie)
+        marker = MarkerStyle(name)
+        shape = marker.get_path().transformed(marker.get_transform())
+        ax.add_patch(PathPatch(shape, color=colour, linewidth=0, clip_on=False))
+        ax.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7))
         ax.set_axis_off()
 
-    return _svg(f"glyph{coterie}", f"marker of coterie {coterie}", 0.2, draw, width=0.2, style="glyph")
+    svg = _svg("glyph", f"marker of coterie {coterie}", 0.2, draw, width=0.2, style="glyph")
+    return re.sub(r'\s+id="[^"]*"', "", svg)
 
 
 def _svg(name: str, label: str, height: float, draw: Any, width: float = _WIDTH, style: str = "chart") -> str:

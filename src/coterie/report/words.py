@@ -64,7 +64,9 @@ def verdict_line(metrics: Mapping[str, Any]) -> str:
     if chosen["verdict"] == "one-taste" or coteries == 1:
         return f"One reward serves all {workers} workers."
     if chosen["verdict"] == "continuous":
-        return f"The {workers} workers’ tastes differ by degrees; {coteries} coteries sum them up, without sharp borders."
+        return (
+            f"The {workers} workers’ tastes differ by degrees; {coteries} coteries sum them up, without sharp borders."
+        )
     if chosen["insisted"]:
         return f"The {workers} workers in {coteries} coteries, as the recipe asked."
     return f"The {workers} workers fall into {coteries} coteries that want different things."
@@ -86,7 +88,9 @@ def evidence(metrics: Mapping[str, Any]) -> list[str]:
             f"On prompts kept out of training it predicts {share(seen['accuracy'])} of the choices, every worker counted alike."
         )
         if chosen["candidates"]:
-            sentences.append("No division of the workers predicted held-out choices better by more than one standard error.")
+            sentences.append(
+                "No division of the workers predicted held-out choices better by more than one standard error."
+            )
         return sentences
     sentences.append(
         f"On prompts kept out of training, personalised scores predict {share(seen['accuracy'])} of the choices: "
@@ -95,7 +99,9 @@ def evidence(metrics: Mapping[str, Any]) -> list[str]:
     own = sum(coterie["serves"] == "own" for coterie in metrics["coteries"])
     count = "None" if not own else "All" if own == chosen["coteries"] else f"{own} of {chosen['coteries']}"
     served = "is served by a reward of its own" if own <= 1 else "are served by rewards of their own"
-    sentences.append(f"{count} of the coteries {served}." if count in ("None", "All") else f"{count} coteries {served}.")
+    sentences.append(
+        f"{count} of the coteries {served}." if count in ("None", "All") else f"{count} coteries {served}."
+    )
     ari = metrics["stability"].get("half_split_ari")
     if ari is not None:
         judged = "the groups are stable" if ari >= 0.3 else "the borders between the groups are not stable"

@@ -1,0 +1,101 @@
+"""Scores from a bundle: the average over the posterior, the gate, the golden scores, one call of the encoder."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from staged import TextEncoder, everything
+
+from coterie.bundle import Bundle
+from coterie.errors import BadBundle
+from coterie.scoring import Scorer, average, check_golden, leading_coteries
+
+PROMPT = "Question 1?"
+RESPONSES = ["River.", "Bread lamp walk early warm stone garden winter tea map bell river bread lamp.", "Warm stone."]
+
+
+def test_the_leading_coteries_reach_the_mass_and_are_renormalised():
+    posterior = np.array([[0.6, 0.3, 0.08, 0.02], [0.96, 0.02, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]])
+    expected = np.array([[0.6 / 0.98, 0.3 / 0.98, 0.08 / 0.98, 0], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    np.testing.assert_allclose(leading_coteries(posterior), expected)
+    scores = np.array([[1.0, 2.0, 3.0, 100.0]] * 3)
+    np.testing.assert_allclose(average(scores, posterior), [(0.6 + 0.6 + 0.24) / 0.98, 1.0, 26.5])
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    return everything(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def scorer(staged):
+    return Scorer(Bundle.load(staged.bundle), TextEncoder())
+
+
+def test_scores_are_the_posteriors_average_of_the_coteries_own(scorer):
+    made = scorer.score(PROMPT, RESPONSES, [0.7, 0.3])
+    h = scorer.features([PROMPT] * 3, RESPONSES)
+    own = [scorer.bundle.heads[f"coterie-{k}"].score(h) for k in range(2)]
+    np.testing.assert_allclose(made.by_coterie, np.stack(own, axis=1))
+    np.testing.assert_allclose(made.scores, 0.7 * own[0] + 0.3 * own[1])
+    np.testing.assert_allclose(made.by_global, scorer.bundle.heads["global"].score(h))
+    assert np.argmax(scorer.score(PROMPT, RESPONSES, [1.0, 0.0]).scores) == 1  # coterie 0 was made to like long answers
+    assert np.argmax(scorer.score(PROMPT, RESPONSES, [0.0, 1.0]).scores) != 1
+
+
+def test_a_stranger_gets_the_global_reward(scorer):
+    made = scorer.score(PROMPT, RESPONSES)
+    np.testing.assert_array_equal(made.scores, made.by_global)
+
+
+def test_a_coterie_whose_gate_is_shut_serves_the_global_reward(scorer):
+    manifest = scorer.bundle.manifest
+    gates = [gate.model_copy(update={"serves": "global"}) if gate.coterie == 1 else gate for gate in manifest.gates]
+    shut = replace(scorer.bundle, manifest=manifest.model_copy(update={"gates": gates[::-1]}))
+    made = Scorer(shut, TextEncoder()).score(PROMPT, RESPONSES, [0.5, 0.5])
+    np.testing.assert_array_equal(made.by_coterie[:, 1], made.by_global)
+    np.testing.assert_allclose(made.scores, (made.by_coterie[:, 0] + made.by_global) / 2)
+
+
+def test_many_instances_are_one_call_of_the_encoder_and_the_same_scores(scorer):
+    instances = [
+        (PROMPT, RESPONSES, [0.9, 0.1]),
+        ("Question 2?", RESPONSES[:1], None),
+        (PROMPT, RESPONSES[1:], [0.0, 1.0]),
+    ]
+    before = scorer._encoder.calls
+    many = scorer.score_many(instances)
+    assert scorer._encoder.calls == before + 1
+    for instance, made in zip(instances, many, strict=True):
+        np.testing.assert_allclose(made.scores, scorer.score(*instance).scores, atol=1e-6)
+        assert len(made.scores) == len(instance[1])
+
+
+def test_a_posterior_of_another_mixture_is_refused(scorer):
+    with pytest.raises(BadBundle, match="posterior over 3 coteries for a bundle of 2"):
+        scorer.score(PROMPT, RESPONSES, [0.2, 0.3, 0.5])
+
+
+def test_another_encoder_is_refused(staged):
+    encoder = TextEncoder()
+    encoder.revision = "2"
+    with pytest.raises(BadBundle, match="made with encoder drawn at 1, not drawn at 2"):
+        Scorer(Bundle.load(staged.bundle), encoder)
+
+
+def test_golden_scores_come_out_again_and_an_encoder_that_is_off_is_found(staged, scorer):
+    check_golden(scorer)
+    with pytest.raises(BadBundle, match=r"golden score .* is off by"):
+        check_golden(Scorer(scorer.bundle, TextEncoder(off=0.01)))
+    check_golden(Scorer(scorer.bundle, TextEncoder(off=1e-5)))
+
+
+def test_golden_scores_are_checked_for_every_coterie(staged, tmp_path):
+    folder = shutil.copytree(staged.bundle, tmp_path / "bundle")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden[-1]["coteries"][0][1] += 0.01
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(BadBundle, match="golden score \\(coteries\\)"):
+        check_golden(Scorer(Bundle.load(folder, verify=False), TextEncoder()))
