@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
+
+SECRETS_FOLDER = "/etc/coterie"  # on a cluster: a file for each environment variable that a secret holds
 
 
 def run(stage: Callable[..., dict[str, Any]], *, out: Any, metrics: Any = None, **arguments: Any) -> dict[str, Any]:
@@ -18,6 +21,8 @@ def run(stage: Callable[..., dict[str, Any]], *, out: Any, metrics: Any = None, 
     failed step, and a traceback would hide them.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for file in sorted(Path(SECRETS_FOLDER).glob("[A-Z]*")):
+        os.environ.setdefault(file.name, file.read_text(encoding="utf-8").strip())
     try:
         figures = stage(out=Path(out.path), **{name: _plain(value) for name, value in arguments.items()})
     except CoterieError as error:

@@ -11,13 +11,21 @@ import click
 from kfp import compiler, dsl, kubernetes
 
 from components import data, discovery, rewards
+from components.artifacts import SECRETS_FOLDER
 from components.image import TRAIN_IMAGE
 
 COMPILED = Path(__file__).with_name("coteries.yaml")
 
-PSEUDONYM_SECRET = "coterie-pseudonym-key"
-REDIS_SECRET = "coterie-redis"
-STORAGE_SECRET = "mlpipeline-minio-artifact"
+SECRET = "coterie-pipeline"
+
+
+def use_secrets(task: dsl.PipelineTask) -> None:
+    """Give a task the environment variables that the secret coterie-pipeline holds, if there is one.
+
+    As a volume, which components.artifacts reads: the backend (seen with 2.14) honours `optional` there, and not for
+    environment variables.
+    """
+    kubernetes.use_secret_as_volume(task, SECRET, mount_path=SECRETS_FOLDER, optional=True)
 
 
 @dsl.pipeline(
@@ -25,7 +33,7 @@ STORAGE_SECRET = "mlpipeline-minio-artifact"
     description="Finds the groups of annotators who agree with each other and gives each group its own reward. "
     "ingest_source: files, globs, s3:// or hf:// addresses of preferences with worker ids; simulated://groups runs it on "
     "made-up annotators. cluster_coteries and embed_rank: auto lets held-out likelihood choose. The worker ids become "
-    "keyed pseudonyms (secret coterie-pseudonym-key, key `key`) unless ingest_pseudonyms is none.",
+    "keyed pseudonyms (key COTERIE_PSEUDONYM_KEY of the secret coterie-pipeline) unless ingest_pseudonyms is none.",
 )
 def coteries(
     title: str = "coterie",
@@ -75,17 +83,7 @@ def coteries(
         test_share=ingest_test_share,
         seed=ingest_seed,
     )
-    # Both secrets may be missing: ingest says so itself when it needs one.
-    kubernetes.use_secret_as_env(comparisons, PSEUDONYM_SECRET, {"key": "COTERIE_PSEUDONYM_KEY"}, optional=True)
-    kubernetes.use_secret_as_env(
-        comparisons,
-        STORAGE_SECRET,
-        {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"},
-        optional=True,
-    )
-    kubernetes.use_config_map_as_env(
-        comparisons, "coterie-storage", {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}, optional=True
-    )
+    use_secrets(comparisons)
     vectors = data.encode(
         comparisons=comparisons.outputs["comparisons"],
         encoder=encode_encoder,
@@ -116,7 +114,8 @@ def coteries(
     published = discovery.publish(
         clustered=clustered.outputs["clustered"], project=publish_project, online_store=publish_online_store
     )
-    kubernetes.use_secret_as_env(published, REDIS_SECRET, {"connection": "COTERIE_REDIS"}, optional=True)
+    published.set_caching_options(False)  # a profile carries the time of its publication
+    use_secrets(published)
 
     common = rewards.global_reward(
         embedded=embedded.outputs["embedded"],

@@ -33,13 +33,16 @@ POSTERIORS = np.float32([[0.97, 0.02, 0.01], [0.1, 0.6, 0.3], [0.02, 0.01, 0.97]
 class HashingEncoder:
     """Bags of hashed words: an encoder that loads in no time and needs no weights."""
 
-    name, revision, dimension, max_tokens, truncated = "hashing", "1", 32, 256, 0
+    name, revision, dimension, max_tokens, precision = "hashing", "1", 32, 256, "float32"
 
     def __init__(self):
         self._vectorizer = HashingVectorizer(n_features=self.dimension)
 
     def text(self, prompt, response):
         return response
+
+    def cut(self, texts):
+        return np.zeros(len(texts), dtype=bool)
 
     def encode(self, texts):
         return self._vectorizer.transform(texts).toarray().astype(np.float32)
@@ -150,7 +153,7 @@ def serving(run, key=KEY):
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=environ, cwd=run, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240  # imports take seconds, on a loaded machine minutes
         while "Try: curl" not in log.read_text():
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

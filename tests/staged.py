@@ -28,13 +28,16 @@ WORDS = ["river", "bread", "lamp", "walk", "early", "warm", "stone", "garden", "
 class TextEncoder:
     """A vector drawn from the text's own hash, moved by `off`."""
 
-    name, revision, dimension, max_tokens, truncated = "drawn", "1", DIMENSION, 256, 0
+    name, revision, dimension, max_tokens, precision = "drawn", "1", DIMENSION, 256, "float32"
 
     def __init__(self, off: float = 0.0):
         self.off, self.calls = off, 0
 
     def text(self, prompt, response):
         return response
+
+    def cut(self, texts):
+        return np.zeros(len(texts), dtype=bool)
 
     def encode(self, texts):
         self.calls += 1

@@ -61,7 +61,7 @@ def test_a_flipped_byte_in_any_file_is_found(copied):
             continue
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(BadBundle, match=f"{name} is not the file that the manifest names.*Fetch the bundle again"):
+        with pytest.raises(BadBundle, match=rf"{name} is not the file that the manifest names.*Fetch the bundle again"):
             Bundle.load(copied)
         path.write_bytes(good)
     Bundle.load(copied)
@@ -83,7 +83,7 @@ def test_a_file_that_nobody_named_is_refused_but_not_what_a_hub_adds(copied):
     Bundle.load(copied)
     (copied / "rewards" / "coterie-7").mkdir()
     (copied / "rewards" / "coterie-7" / "head.safetensors").write_bytes(b"")
-    with pytest.raises(BadBundle, match="coterie-7/head.safetensors is not in the manifest. Remove it"):
+    with pytest.raises(BadBundle, match=r"coterie-7/head\.safetensors is not in the manifest\. Remove it"):
         Bundle.load(copied)
 
 
@@ -122,5 +122,5 @@ def test_the_card_has_a_header_that_the_hub_reads(staged):
 def test_inputs_that_are_missing_are_named(tmp_path):
     staged = write_stages(tmp_path)
     (tmp_path / "rewards" / "global").mkdir(parents=True)
-    with pytest.raises(BadData, match="metrics.json"):
+    with pytest.raises(BadData, match=r"metrics\.json"):
         make_bundle(staged, tmp_path / "bundle")

@@ -72,7 +72,7 @@ def test_an_unknown_schema_version_is_refused(tmp_path, version, words):
 
 def test_another_table_a_foreign_file_and_a_missing_one_are_refused(tmp_path):
     path = embedding_file(tmp_path / "embeddings.parquet")
-    with pytest.raises(BadData, match="a embedding table|an embedding table|embedding"):
+    with pytest.raises(BadData, match="embedding"):
         contracts.COMPARISON.read(path)
     foreign = tmp_path / "foreign.parquet"
     pq.write_table(pa.table({"x": [1]}), foreign)

@@ -39,7 +39,7 @@ def test_groups_are_counted_and_stable() -> None:
 
 @pytest.mark.parametrize("careless", [0.0, 0.3])
 def test_one_taste_needs_neither_coteries_nor_directions(careless: float) -> None:
-    people = simulate("null", workers=150, comparisons=60, features=8, careless=careless, seed=6)
+    people = simulate("null", workers=120, comparisons=50, features=6, careless=careless, seed=6)
     assert select_coteries(people.train, FEW).size == 1
     assert select_rank(people.train, EmbedSettings(max_rank=2, splits=2)).size == 0
     noise = HeldOut(people.train, 2, 0)
@@ -134,7 +134,7 @@ def test_from_comparisons_to_coteries(tmp_path: Path) -> None:
 
 
 def test_posteriors_come_from_training_votes_alone(tmp_path: Path) -> None:
-    _embedded(tmp_path)
+    _embedded(tmp_path, workers=30, comparisons=40)
     path = tmp_path / "embedded" / "differences.parquet"
     settings = ClusterSettings(coteries=2, splits=2)
     before = cluster(tmp_path / "embedded", tmp_path / "before", settings)

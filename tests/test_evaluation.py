@@ -95,7 +95,7 @@ def test_real_coteries_pass_the_gate_and_own_beats_global_beats_wrong(groups):
 
 
 def test_what_a_coterie_likes_is_what_was_planted(groups):
-    staged, result = groups
+    _, result = groups
     assert "longer answers" in result["coteries"][0]["likes"]
     assert "shorter answers" in result["coteries"][1]["likes"]
     assert sum(c["workers"] for c in result["coteries"]) == 40

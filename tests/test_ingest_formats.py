@@ -344,12 +344,13 @@ def test_nothing_there(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- places
 def test_several_files_and_globs_of_several_formats(tmp_path):
-    lines(tmp_path / "b.jsonl", votes(2, "b"))
-    lines(tmp_path / "a.jsonl.gz", votes(2, "a"))
+    lines(tmp_path / "b.jsonl", [*votes(2, "b"), 1])
+    lines(tmp_path / "a.jsonl.gz", [*votes(2, "a"), 1, 2])
     other = lines(tmp_path / "o.json", [openai_row()])
-    metrics, out = run(tmp_path, str(tmp_path / "*.jsonl*"), other, other)
+    metrics, out = run(tmp_path, str(tmp_path / "*.jsonl*"), other, other, max_refused=1)
     assert [row["worker_id"] for row in out] == ["a", "a", "b", "b", "w"]
     assert [source["format"] for source in metrics["sources"]] == ["coterie", "coterie", "openai"]
+    assert [(source["rows"], source["refused"]) for source in metrics["sources"]] == [(4, 2), (3, 1), (1, 0)]
 
 
 def test_without_a_telling_name(tmp_path):

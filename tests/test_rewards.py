@@ -23,7 +23,7 @@ def problem():
 
 
 def test_the_optimum_is_that_of_logistic_regression(problem):
-    x, y, _ = problem
+    x, _, _ = problem
     both, labels = np.vstack([x, -x]), np.repeat([1, 0], len(x))
     reference = LogisticRegression(C=1 / 20, fit_intercept=False, tol=1e-8).fit(both, labels).coef_[0]
     ours = fit_head(np.vstack([x, x]), np.ones(2 * len(x)), np.ones(2 * len(x)), np.zeros(5), 20.0)
@@ -52,7 +52,7 @@ def test_features_that_are_not_finite_are_refused_in_words(problem):
 
 
 def test_scale_makes_score_differences_probabilities_and_centre_makes_them_zero_on_average(problem):
-    x, y, theta = problem
+    _, _, theta = problem
     rng = np.random.default_rng(1)
     large = rng.standard_normal((20_000, 5))
     large[rng.random(20_000) > expit(large @ theta)] *= -1

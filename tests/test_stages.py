@@ -59,7 +59,7 @@ def test_the_same_inputs_do_no_work_and_other_inputs_do(votes, tmp_path, caplog)
     stages.ingest(out, settings(votes))
     assert "ingest: up to date" in caplog.text
     assert (out / "stage.json").stat().st_mtime_ns == before
-    votes.write_text(votes.read_text().replace("yes 7\"", "certainly 7\""))
+    votes.write_text(votes.read_text().replace('yes 7"', 'certainly 7"'))
     stages.ingest(out, settings(votes))
     assert (out / "stage.json").stat().st_mtime_ns != before
     changed = (out / "stage.json").stat().st_mtime_ns

@@ -145,10 +145,10 @@ def build_bundle(
 
     figures = {
         "encoder_max_tokens": float(encoder["max_tokens"]),
-        "test_accuracy": float(evaluation["heldout"]["seen"]["accuracy"]),
-        "test_log_loss": float(evaluation["heldout"]["seen"]["log_loss"]),
-        "half_split_ari": float(selection["stability"].get("half_split_ari") or 0.0),
     }
+    seen = evaluation["heldout"]["seen"]
+    measured = {"test_accuracy": seen["accuracy"], "test_log_loss": seen["log_loss"], **selection["stability"]}
+    figures |= {name: float(value) for name, value in measured.items() if value is not None}
     described: dict[str, Any] = {
         "name": settings.name,
         "mixture_version": selection["mixture_version"],
@@ -208,6 +208,8 @@ def _card(described: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     encoder = described["base_models"][0]
     gates = "\n".join(f"| {gate.coterie} | {gate.serves} | {gate.reason} |" for gate in described["gates"])
     figures = described["metrics"]
+    names = {"test_accuracy": "accuracy", "test_log_loss": "log-loss"}
+    measured = ", ".join(f"{told} {figures[name]:.3f}" for name, told in names.items() if name in figures)
     return f"""---
 library_name: coterie
 pipeline_tag: text-classification
@@ -220,7 +222,7 @@ Rewards for the coteries of one set of annotators, as linear heads on {described
 `{encoder.name}` (revision `{encoder.revision}`). Verdict of the analysis: **{described["verdict"]}**,
 {described["coteries"]} coterie{"s" if described["coteries"] > 1 else ""}.
 
-Test prompts, macro over workers: accuracy {figures["test_accuracy"]:.3f}, log-loss {figures["test_log_loss"]:.4f}.
+Test prompts, macro over workers: {measured or "no comparison was held out"}.
 
 | coterie | serves | because |
 |---|---|---|

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coterie.errors import BadData
 
@@ -334,12 +334,17 @@ class Manifest(_Frozen):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 class Estimate(_Frozen):
-    """A number with its interval; no interval where there are too few workers for one."""
+    """A number with its interval; no interval where there are too few workers for one, no number where there are none."""
 
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
     level: float = 0.95
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _number_or_none(cls, value: float | None) -> float | None:
+        return None if value is None or np.isnan(value) else float(value)
 
 
 class Quality(_Frozen):
@@ -352,8 +357,8 @@ class Quality(_Frozen):
 class Heldout(_Frozen):
     """Quality on test prompts, and its difference to the pooled model."""
 
-    accuracy: float
-    log_loss: float
+    accuracy: float | None
+    log_loss: float | None
     difference_to_pooled: Quality
 
 

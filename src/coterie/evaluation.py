@@ -83,7 +83,7 @@ class TwoWayBootstrap:
         counted = count > 0
         n = int(counted.sum())
         if not n:
-            return Estimate(value=float("nan"), level=self._level)
+            return Estimate(value=None, level=self._level)
         means = np.divide(total, count, out=np.zeros_like(total), where=counted)
         value = float(means.sum() / n)
         if n < FEWEST_WORKERS:
@@ -211,7 +211,7 @@ def evaluate(
             "unseen_by_shots": {},
         },
         "worst": _worst(test, shipped, people),
-        "calibration": {"expected_calibration_error": _calibration_error(shipped, test.votes.y)},
+        "calibration": _calibration(shipped, test.votes.y),
         "coteries": [summary.model_dump() for summary in summaries],
         "test_comparisons": len(test.votes),
         "validation_comparisons": len(validation.votes),
@@ -280,13 +280,13 @@ def _worst(test: _Judged, shipped: Array, people: list[Array]) -> dict[str, floa
     return worst
 
 
-def _calibration_error(margin: Array, y: Array, bins: int = 10) -> float:
+def _calibration(margin: Array, y: Array, bins: int = 10) -> dict[str, float]:
     """Expected calibration error: |confidence - accuracy| over equal-width bins of max(p, 1 - p), by their sizes."""
     decided = y != 0.5
     if not decided.any():
-        return float("nan")
+        return {}
     p = expit(margin[decided])
     confidence, right = np.maximum(p, 1 - p), (p > 0.5) == (y[decided] > 0.5)
     bin_ = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     gaps = np.abs(np.bincount(bin_, confidence - right, bins))
-    return float(gaps.sum() / len(p))
+    return {"expected_calibration_error": float(gaps.sum() / len(p))}

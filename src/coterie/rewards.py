@@ -226,10 +226,10 @@ def _fit(
     x, y, weight = _weighted(train, responsibility, reliability)
     held_x, held_y, held_weight = _weighted(validation, responsibility, reliability)
     judged = bool(held_weight.sum() > 0)
-    if precision == "auto":
-        grid = grid if judged else grid[-1:]  # nothing to choose by: stay close to the prior
-    else:
+    if precision != "auto":
         grid = (float(precision),)
+    elif not judged:  # nothing to choose by: stay close to the prior
+        grid = grid[-1:]
     best: tuple[float, float, Array] | None = None
     for candidate in grid:
         theta = fit_head(x, y, weight, prior_mean, candidate)
@@ -303,7 +303,7 @@ def train_reward(
         x, y, weight = _weighted(validation, np.where(audience < SMALLEST_RESPONSIBILITY, 0, audience), reliability)
         extra = {"global_validation_log_loss": _mean_loss(x @ base.weight, y, weight)} if len(y) else {}
     fitted.head.save(out / HEAD_FILE)
-    return {
+    figures = {
         "workers": float(audience.sum()),
         "comparisons": float(audience[train.worker].sum()),
         "precision": fitted.precision,
@@ -312,3 +312,4 @@ def train_reward(
         "validation_log_loss": fitted.validation_log_loss,
         **extra,
     }
+    return {name: value for name, value in figures.items() if np.isfinite(value)}

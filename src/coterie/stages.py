@@ -164,10 +164,13 @@ def bundle(
 
 
 def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, Any]:
-    """Worker profiles into Feast: the offline Parquet, and the online store."""
+    """Worker profiles into Feast: the offline Parquet, and the online store.
+
+    Always done anew: a profile carries the time of its publication, and the online store may have been emptied.
+    """
     publish = adapter("feature_repo.publish").publish
     inputs = {"clustered": clustered, "definitions": repository() / "feature_repo"}
-    return _stage("publish", settings, inputs, out, lambda folder: publish(clustered, folder, settings))
+    return _stage("publish", settings, inputs, out, lambda folder: publish(clustered, folder, settings), reuse=False)
 
 
 def report(
@@ -210,6 +213,7 @@ def _stage(
     out: Path,
     work: Work,
     identity: Callable[[], Mapping[str, Any]] = dict,
+    reuse: bool = True,
 ) -> dict[str, Any]:
     """Do `work` into a temporary folder that becomes `out`, unless `out` or the cache holds the result already."""
     try:
@@ -217,10 +221,10 @@ def _stage(
             if not path.exists():
                 raise BadData(f"{name}: {label} {path} does not exist; run the stage that writes it first")
         key = _key(name, settings, inputs, identity())
-        if _record(out).get("key") == key:
+        if reuse and _record(out).get("key") == key:
             log.info("%s: up to date", name)
             return read_metrics(out)
-        kept = _cached(name, key)
+        kept = _cached(name, key) if reuse else None
         if kept is not None and _record(kept).get("key") == key:
             log.info("%s: done before, taken from the cache", name)
             _place(out, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
@@ -257,7 +261,7 @@ def _perform(name: str, key: str, settings: Settings, work: Work, folder: Path) 
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "volatile": metrics.pop("volatile", {}),
     }
-    contracts.write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1, sort_keys=True))
+    contracts.write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1, sort_keys=True, allow_nan=False))
     contracts.write_text(folder / STAGE_FILE, json.dumps(record, indent=1, sort_keys=True))
 
 

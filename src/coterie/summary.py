@@ -63,7 +63,7 @@ def closing_words(run: Path) -> str:
         lines.append(
             f"  coterie {coterie['id']}: {coterie['workers']} workers, serves {coterie['serves']}; likes {likes}"
         )
-    if metrics["truth"]:
+    if metrics["truth"] and "ari" in metrics["truth"]:
         lines.append(f"Simulated annotators: adjusted Rand index to the truth {metrics['truth']['ari']:.2f}.")
     lines += ["", *_example(run), "", f"Report: {run / 'report.html'}", f"Serve:  coterie serve {run / 'bundle'}"]
     return "\n".join(lines)

@@ -56,8 +56,8 @@ def reliability_step(
 ) -> tuple[Array, float]:
     """One Gauss-Newton step of log beta_i under log beta_i ~ N(0, variance).
 
-    The reliabilities of a coterie's workers and the length of its theta share one scale. `centered` fixes it: log beta
-    has mean 0 over each coterie's workers who vote. Alternating without it crawls along the shared directions.
+    Reliability and the length of theta share one scale. `centered` fixes it: log beta has mean 0 over the workers who
+    vote. Alternating without it crawls along the shared direction.
 
     Args:
         log_reliability: [n_workers].
@@ -77,18 +77,13 @@ def reliability_step(
     present = votes.present
     gradient[~present] = 0.0
     if centered:
-        gradient[present] -= constraint(gradient[present], hessian[present], weights[present])
+        gradient[present] -= multiplier(gradient[present], hessian[present])
     updated = np.clip(log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
     if centered:
-        updated[present] -= constraint(updated[present], np.ones(int(present.sum())), weights[present])
+        updated[present] -= updated[present].mean()
     return updated, float(np.abs(gradient).max())
 
 
-def constraint(gradient: Array, hessian: Array, weights: Array) -> Array:
-    """What to subtract from a gradient [n] so that the step gradient / hessian has weighted sums [K] of 0.
-
-    It is the constraint's Lagrange multipliers, spread over the workers by their weights [n, K].
-    """
-    scaled = weights / hessian[:, None]
-    multipliers = np.linalg.lstsq(weights.T @ scaled, scaled.T @ gradient, rcond=1e-9)[0]
-    return np.asarray(weights @ multipliers)
+def multiplier(gradient: Array, hessian: Array) -> float:
+    """The Lagrange multiplier that makes the components of the step (gradient - multiplier) / hessian sum to 0."""
+    return float((gradient / hessian).sum() / (1 / hessian).sum())

@@ -23,14 +23,17 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from coterie.contracts import LOWRANK_TENSORS, replacing
-from coterie.discovery.logistic import constraint, gram, log_loss, residual
 from coterie.discovery.logistic import curvature as logistic_curvature
+from coterie.discovery.logistic import gram, log_loss, multiplier
 from coterie.discovery.pooled import ReliabilityReward, Reward
+from coterie.discovery.spectral import taste_directions
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
 from coterie.errors import BadData
 
 _SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objective; they start from the last one's
 _INFER_SWEEPS = 12
+_START_PRECISION = 30.0  # shrinks the one-step tastes that U starts from
+_START_LENGTH = 0.01  # of a column of U at least: 0 is a stationary point
 _RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
 
 
@@ -115,18 +118,15 @@ class LowRankReward(Reward):
         self.log_reliability_ = workers.log_reliability
         return self
 
-    def _optimise(
-        self, votes: Votes, theta: Array, basis: Array | None
-    ) -> tuple[Array, Array, _Workers]:
+    def _optimise(self, votes: Votes, theta: Array, basis: Array | None) -> tuple[Array, Array, _Workers]:
         n, r = len(votes), self.rank
-        # Everybody starts equally reliable: pooled + reliability takes another taste for carelessness, and from a
-        # beta of nearly 0 there is no way back.
         logits = votes.x @ theta.astype(np.float32)
         hessian = gram(votes.x, logistic_curvature(logits)) / n
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:
-            basis = _spectral_basis(votes, residual(logits, votes.y), hessian * n, r)
+            _, directions, spread = taste_directions(votes, theta, r, _START_PRECISION)
+            basis = directions * np.maximum(spread, _START_LENGTH)
         eye = np.broadcast_to(np.eye(r), (votes.n_workers, r, r))
         workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), np.zeros(votes.n_workers))
         variance = self.reliability_variance_
@@ -268,22 +268,10 @@ def _sweeps(
         present = votes.present
         gradient[~present] = 0
         if centered:
-            gradient[present] -= constraint(gradient[present], hessian[present], np.ones((int(present.sum()), 1)))
+            gradient[present] -= multiplier(gradient[present], hessian[present])
         workers.log_reliability = np.clip(workers.log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
         if centered:
             workers.log_reliability[present] -= workers.log_reliability[present].mean()
-
-
-def _spectral_basis(votes: Votes, pull: Array, hessian: Array, rank: int) -> Array:
-    """U to start from, [d, r]: the leading directions of the workers' one-step taste estimates, with their spread."""
-    share = votes.counts[votes.present] / len(votes)
-    values, vectors = np.linalg.eigh(hessian / len(votes))
-    counts = share * len(votes)
-    tastes = (votes.gradients_by_worker(pull)[votes.present] @ vectors) / (counts[:, None] * values + 30.0)
-    weighted = tastes * np.sqrt(share)[:, None]
-    variances, directions = np.linalg.eigh(weighted.T @ weighted)
-    lengths = np.sqrt(np.maximum(variances[::-1][:rank], 1e-4))
-    return np.asarray(vectors @ directions[:, ::-1][:, :rank] * lengths)
 
 
 def _signs(columns: Array) -> Array:

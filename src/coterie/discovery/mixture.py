@@ -18,6 +18,7 @@ from sklearn.cluster import KMeans
 from coterie.contracts import MIXTURE_TENSORS, replacing
 from coterie.discovery.logistic import curvature, gram, log_loss, newton_step, reliability_step, residual
 from coterie.discovery.pooled import ReliabilityReward, Reward
+from coterie.discovery.spectral import taste_directions
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
 from coterie.errors import BadData
 
@@ -88,7 +89,6 @@ class MixtureReward(Reward):
         base = self.base or ReliabilityReward(reliability_variance=self.reliability_variance, tol=self.tol).fit(votes)
         self.n_features_in_, self.reliability_variance_ = votes.n_features, base.reliability_variance
         self._center = base.theta_.astype(np.float64)
-        # Everybody starts equally reliable: pooled + reliability takes another taste for carelessness.
         theta, log_beta = np.tile(self._center, (self.n_coteries, 1)), np.zeros(votes.n_workers)
         weights = np.full(self.n_coteries, 1 / self.n_coteries)
         if self.n_coteries == 1:
@@ -225,23 +225,13 @@ class MixtureReward(Reward):
 
 
 def spectral_labels(votes: Votes, theta: Array, n_coteries: int, precision: float, seed: int) -> Array:
-    """Coteries to start from, [n_workers]: k-means in the leading directions in which workers differ from theta [d].
-
-    A worker's taste is estimated by one Newton step from theta under the prior N(0, I / precision); the directions are
-    the leading right singular vectors of these estimates, each weighted by the root of the worker's comparisons.
-    """
-    logits = votes.x @ theta.astype(np.float32)
-    gradients = votes.gradients_by_worker(residual(logits, votes.y))[votes.present]
-    values, vectors = np.linalg.eigh(gram(votes.x, curvature(logits)) / len(votes))
-    counts = votes.counts[votes.present].astype(np.float64)
-    tastes = (gradients @ vectors) / (counts[:, None] * np.maximum(values, 0) + precision)
-    weighted = tastes * np.sqrt(counts)[:, None]
-    _, directions = np.linalg.eigh(weighted.T @ weighted)
-    plane = tastes @ directions[:, ::-1][:, : n_coteries - 1]
+    """Coteries to start from, [n_workers]: k-means of the workers' tastes in the leading directions of difference."""
+    tastes, directions, _ = taste_directions(votes, theta, n_coteries - 1, precision)
+    plane = tastes @ directions
     labels = np.zeros(votes.n_workers, np.intp)
     distinct = len(np.unique(plane, axis=0))
     means = KMeans(min(n_coteries, distinct), n_init=10, random_state=seed)
-    labels[votes.present] = means.fit_predict(plane, sample_weight=np.sqrt(counts))
+    labels[votes.present] = means.fit_predict(plane, sample_weight=np.sqrt(votes.counts[votes.present]))
     return labels
 
 

@@ -7,7 +7,7 @@ a taste member must beat pooled + reliability by one, and the smallest within on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,37 +79,28 @@ class HeldOut:
         self._choose_priors()
 
     def _choose_priors(self) -> None:
+        self.bases: list[ReliabilityReward] = []
         if not self.splits:
-            self.bases: list[ReliabilityReward] = []
             return
-        grid = {p: self._fit_all(p, self.reliability_variance) for p in POOLED_PRECISIONS}
-        self.precision = min(grid, key=lambda p: self._mean(grid[p]))
-        tried = {v: self._fit_all(self.precision, v) for v in RELIABILITY_VARIANCES}
-        self.reliability_variance = min(tried, key=lambda v: self._mean(tried[v]))
+        grid = {p: self._bases(p, self.reliability_variance) for p in POOLED_PRECISIONS}
+        self.precision = min(grid, key=lambda p: float(np.nanmean(self.losses(grid[p]))))
+        tried = {v: self._bases(self.precision, v) for v in RELIABILITY_VARIANCES}
+        self.reliability_variance = min(tried, key=lambda v: float(np.nanmean(self.losses(tried[v]))))
         self.bases = tried[self.reliability_variance]
 
-    def _fit_all(self, precision: float, variance: float) -> list[ReliabilityReward]:
+    def _bases(self, precision: float, variance: float) -> list[ReliabilityReward]:
         return [ReliabilityReward(precision, variance).fit(train) for train, _ in self.splits]
 
-    def _mean(self, rewards: list[ReliabilityReward]) -> float:
-        return float(np.nanmean(self._by_worker(rewards)))
+    def fit(self, make: Make) -> list[Reward]:
+        """What `make` fits to the votes and the base of each split."""
+        return [make(train, base) for (train, _), base in zip(self.splits, self.bases, strict=True)]
 
-    def _by_worker(self, rewards: list[Reward] | list[ReliabilityReward]) -> Array:
+    def losses(self, rewards: Sequence[Reward]) -> Array:
         """Log-loss of each worker, averaged over the splits that hold some of their votes out; NaN where none does."""
         losses = np.array([reward.losses(judge) for reward, (_, judge) in zip(rewards, self.splits, strict=True)])
         seen = np.isfinite(losses)
         total = np.where(seen, losses, 0).sum(axis=0)
         return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.nan)
-
-    def losses(self, make: Make) -> Array:
-        """Held-out log-loss of each worker, [n_workers], under what `make` fits to a split's votes and its base.
-
-        Infinite where a split leaves a coterie with a single worker or none: so many groups there are not.
-        """
-        rewards = [make(train, base) for (train, _), base in zip(self.splits, self.bases, strict=True)]
-        if any(isinstance(r, MixtureReward) and r.smallest_ < _FEWEST_WORKERS for r in rewards):
-            return np.full(self.workers, np.inf)
-        return self._by_worker(rewards)
 
     def base(self, votes: Votes) -> ReliabilityReward:
         """Pooled + reliability under the chosen priors, fitted to all of some votes."""
@@ -188,25 +179,34 @@ def _choose(
     middle = precisions[len(precisions) // 2]
     if not heldout.splits:
         return Choice(none if fixed is None else fixed, middle, [], heldout.unit, heldout)
-    reference = heldout.losses(lambda _, base: base)
-    pooled = heldout.losses(lambda train, base: PooledReward(base.precision).fit(train))
+    reference = heldout.losses(heldout.bases)
+    pooled = heldout.losses(heldout.fit(lambda train, base: PooledReward(base.precision).fit(train)))
     losses: dict[int, Array] = {}
     priors: dict[int, float] = {}
     near, worse = precisions, 0
     for size in progress(sizes, desc=f"{name}: sizes tried", unit="sizes"):
-        tried = {p: heldout.losses(member(size, p)) for p in near}
+        if worse == _PATIENCE:
+            break
+        fits = {p: heldout.fit(member(size, p)) for p in near}
+        tried = {p: heldout.losses(rewards) for p, rewards in fits.items() if fixed or _populated(rewards)}
+        if not tried:
+            worse += 1
+            continue
         priors[size] = min(tried, key=lambda p: float(np.nanmean(tried[p])))
         losses[size] = tried[priors[size]]
         # More coteries lie further apart: from here on only this prior and the next weaker one.
         near = precisions[max(precisions.index(priors[size]) - 1, 0) : precisions.index(priors[size]) + 1]
         best = min(losses, key=lambda s: float(np.nanmean(losses[s])))
         worse = worse + 1 if best != size else 0
-        if worse == _PATIENCE:
-            break
     chosen = smallest_within_one_error(reference, losses, none) if fixed is None else fixed
     candidates = [_candidate("pooled", 1, pooled, reference), _candidate("reliability", 1, reference, reference)]
     candidates += [_candidate(name, size, losses[size], reference) for size in losses]
     return Choice(chosen, priors.get(chosen, middle), candidates, heldout.unit, heldout)
+
+
+def _populated(rewards: Sequence[Reward]) -> bool:
+    """Whether every split fills every coterie; a group of one is none, and an empty one only blurs predictions."""
+    return all(r.smallest_ >= _FEWEST_WORKERS for r in rewards if isinstance(r, MixtureReward))
 
 
 def smallest_within_one_error(reference: Array, losses: dict[int, Array], none: int) -> int:

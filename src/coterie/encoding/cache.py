@@ -1,14 +1,14 @@
-"""Vectors that were computed before, by this run or another one, kept in a SQLite file for each encoder and revision."""
+"""Vectors that were computed before, by this run or another one, kept in a SQLite file for each encoder."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from coterie.contracts import content_id
 from coterie.encoding.encoders import Encoder
 from coterie.errors import BackendUnavailable
 
-_ASKED_AT_ONCE = 500
+_ASKED_AT_ONCE = 500  # SQLite's oldest limit on parameters is 999
+_PATIENCE = 60.0  # seconds that one process waits for another's commit
 
 
 def cache_folder() -> Path:
@@ -25,49 +26,66 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COTERIE_CACHE") or Path.home() / ".cache" / "coterie")
 
 
-class VectorCache:
-    """Vectors by the id of the text they encode. Several processes may read and write at once; a commit survives a kill.
+class Cached(NamedTuple):
+    """A vector [dimension], and whether its text was cut at the encoder's limit."""
 
-    The file is named by encoder, revision and token limit, so that no vector of another model is ever read.
+    vector: NDArray[np.float32]
+    cut: bool
+
+
+class VectorCache:
+    """Vectors by the id of the text that they encode.
+
+    Several processes may read and write at once; what is committed survives a kill. The file is named by all that a
+    vector depends on besides the text, so that no vector of another model is ever read. The journal is SQLite's
+    default and not WAL, which does not work on network file systems.
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
-        self.dimension = encoder.dimension
-        name = content_id(encoder.name, encoder.revision, str(encoder.max_tokens))
+        """Open the encoder's file in `folder`, or begin it. Raises BackendUnavailable."""
+        name = content_id(encoder.name, encoder.revision, str(encoder.max_tokens), encoder.precision)
         self.path = folder / "vectors" / f"{name}.sqlite"
-        try:
+        with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (id BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise BackendUnavailable(
-                f"the cache of vectors {self.path} cannot be opened ({error}). Delete it if it is damaged, or let "
-                "COTERIE_CACHE name a folder that can be written."
-            ) from error
+            self._connection = sqlite3.connect(self.path, timeout=_PATIENCE)
+            with self._connection:
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS vectors "
+                    "(id BLOB PRIMARY KEY, vector BLOB NOT NULL, cut INTEGER NOT NULL)"
+                )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._connection.close()
 
-    def get(self, ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """The vectors [dimension] that are there, by id."""
+    def get(self, ids: Sequence[str]) -> dict[str, Cached]:
+        """What is there of the ids, by id. Raises BackendUnavailable."""
         found = {}
-        for start in range(0, len(ids), _ASKED_AT_ONCE):
-            part = [bytes.fromhex(i) for i in ids[start : start + _ASKED_AT_ONCE]]
-            marks = ",".join("?" * len(part))
-            with closing(self._connection.execute(f"SELECT id, vector FROM vectors WHERE id IN ({marks})", part)) as rows:
-                for key, blob in rows:
-                    found[key.hex()] = np.frombuffer(blob, dtype="<f4")
+        with self._explained():
+            for start in range(0, len(ids), _ASKED_AT_ONCE):
+                part = [bytes.fromhex(name) for name in ids[start : start + _ASKED_AT_ONCE]]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT id, vector, cut FROM vectors WHERE id IN ({marks})"
+                for key, blob, cut in self._connection.execute(query, part).fetchall():
+                    found[key.hex()] = Cached(np.frombuffer(blob, dtype="<f4"), bool(cut))
         return found
 
-    def put(self, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Keep vectors [n, dimension]; all of them or, on a kill, none."""
-        rows = [(bytes.fromhex(i), v.astype("<f4").tobytes()) for i, v in zip(ids, vectors, strict=True)]
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
-        self._connection.execute("COMMIT")
+    def put(self, new: dict[str, Cached]) -> None:
+        """Keep vectors by id; all of them or, on a kill, none. Raises BackendUnavailable."""
+        rows = [(bytes.fromhex(name), item.vector.astype("<f4").tobytes(), item.cut) for name, item in new.items()]
+        with self._explained(), self._connection:
+            self._connection.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise BackendUnavailable(
+                f"the cache of vectors {self.path} cannot be used: {error}. Free some space if the disk is full, "
+                "delete the file if it is damaged, or let COTERIE_CACHE name a folder that can be written."
+            ) from error

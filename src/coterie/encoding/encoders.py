@@ -1,13 +1,12 @@
-"""Text encoders: what turns a (prompt, response) into a vector."""
+"""Text encoders: what turns a prompt and a response into a vector."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,9 @@ from coterie.errors import BadConfiguration
 MINILM = "minilm"
 LAST_TOKEN = "last-token:"
 
+_CHARACTERS_A_TOKEN = 40  # more than any tokenizer packs into one: text past limit * this needs no tokenizing
+_MODEL_FILES = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".py"}
+
 
 class Encoder(Protocol):
     """What turns texts into vectors.
@@ -27,21 +29,25 @@ class Encoder(Protocol):
         revision: of the weights; two revisions never share a cached vector.
         dimension: length of a vector.
         max_tokens: texts past it are cut.
-        truncated: how many texts were cut so far.
+        precision: "float32" or "bfloat16".
     """
 
     name: str
     revision: str
     dimension: int
     max_tokens: int
-    truncated: int
+    precision: str
 
     def text(self, prompt: str, response: str) -> str:
-        """The text that is encoded; the key of the cache."""
+        """The text that is encoded; equal texts have equal vectors."""
         ...
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors [n, dimension] of texts made by `text`. The composition of a batch does not matter."""
+        ...
+
+    def cut(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the texts [n] are longer than max_tokens."""
         ...
 
 
@@ -51,10 +57,11 @@ def load_encoder(settings: EncodeSettings) -> Encoder:
     Raises:
         BadConfiguration: the package, the model, or the device is not there.
     """
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("sentence_transformers") is None:
-        raise BadConfiguration(
-            "encoding needs torch, transformers and sentence-transformers. Install them: pip install 'coterie[encoders]'"
-        )
+    for package in ("torch", "transformers", "sentence_transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise BadConfiguration(
+                f"encoding needs {package}, which is not installed. Install it: pip install 'coterie[encoders]'"
+            )
     if settings.encoder.startswith(LAST_TOKEN):
         return LastTokenEncoder(settings)
     return SentenceEncoder(settings)
@@ -67,23 +74,24 @@ class SentenceEncoder:
     """
 
     def __init__(self, settings: EncodeSettings) -> None:
+        """Load the model. Raises BadConfiguration."""
         from sentence_transformers import SentenceTransformer
 
         where = _minilm_folder() if settings.encoder == MINILM else settings.encoder
-        self.name, self.revision = settings.encoder, _revision(where, settings.revision)
+        device = _device(settings.device)
         try:
-            self._model = SentenceTransformer(
-                where, device=_device(settings.device), revision=None if Path(where).exists() else settings.revision
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            self._model = SentenceTransformer(where, device=device, revision=settings.revision)
+        except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
             raise _no_model(settings.encoder, error) from error
-        if _bfloat16(settings, str(self._model.device)):
+        self.precision = _precision(settings, device)
+        if self.precision == "bfloat16":
             self._model = self._model.bfloat16()
+        self.name = settings.encoder
+        self.revision = _revision(where, settings, getattr(self._model[0], "auto_model", None))
         self._batch_size = settings.batch_size
         limit = self._model.get_max_seq_length() or settings.max_tokens
         self.max_tokens = self._model.max_seq_length = min(settings.max_tokens, limit)
-        self.dimension = int(self._model.get_sentence_embedding_dimension() or 0)
-        self.truncated = 0
+        self.dimension = int(self._model.get_embedding_dimension() or 0)
 
     def text(self, prompt: str, response: str) -> str:
         """The response alone."""
@@ -91,72 +99,108 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors [n, dimension], each of length one."""
-        # A token has at least one character: what is shorter than the limit needs no count.
-        long = [text[: 40 * self.max_tokens] for text in texts if len(text) > self.max_tokens - 2]
-        if long:
-            tokens = self._model.tokenizer(long, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-            self.truncated += sum(len(ids) > self.max_tokens for ids in tokens)
-        # What lies far past the limit is cut before the tokenizer, which would read all of it.
-        clipped = [text[: 40 * self.max_tokens] for text in texts]
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
         vectors = self._model.encode(
-            clipped, batch_size=self._batch_size, show_progress_bar=False, normalize_embeddings=True
+            [text[: self.max_tokens * _CHARACTERS_A_TOKEN] for text in texts],
+            batch_size=self._batch_size,  # sentence-transformers sorts by length itself
+            show_progress_bar=False,
+            normalize_embeddings=True,
         )
         return np.asarray(vectors, dtype=np.float32)
 
+    def cut(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the texts [n] are longer than max_tokens, special tokens included."""
+        return _longer(self._model.tokenizer, texts, self.max_tokens, special=True)
+
 
 class LastTokenEncoder:
-    """The last hidden state at the last token of prompt and response, of any transformers causal or reward model."""
+    """The last hidden state at the last token of prompt and response, of any transformers causal or reward model.
+
+    The features of LoRe's protocol (docs/method, section 7). A text past the limit loses its beginning, so that the
+    response stays.
+    """
 
     def __init__(self, settings: EncodeSettings) -> None:
+        """Load the model. Raises BadConfiguration."""
         import torch
         from transformers import AutoModel, AutoTokenizer
 
         where = settings.encoder.removeprefix(LAST_TOKEN)
-        self.name, self.revision = settings.encoder, _revision(where, settings.revision)
         device = _device(settings.device)
-        dtype = torch.bfloat16 if _bfloat16(settings, device) else torch.float32
+        self.precision = _precision(settings, device)
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(where, revision=settings.revision)
-            self._model = AutoModel.from_pretrained(where, revision=settings.revision, dtype=dtype).to(device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+            self._tokenizer = AutoTokenizer.from_pretrained(where, revision=settings.revision, truncation_side="left")
+            model = AutoModel.from_pretrained(where, revision=settings.revision, dtype=dtype)
+        except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
             raise _no_model(where, error) from error
-        # Right padding: with causal attention no token sees the padding behind it.
-        self._tokenizer.padding_side = "right"
-        # The response is at the end: a long prompt loses its beginning.
-        self._tokenizer.truncation_side = "left"
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = model.to(device).eval()
+        self.name, self.revision = settings.encoder, _revision(where, settings, model)
         self._batch_size = settings.batch_size
-        self.max_tokens, self.dimension = settings.max_tokens, int(self._model.config.hidden_size)
-        self.truncated = 0
+        self.max_tokens = settings.max_tokens
+        self.dimension = int(model.config.get_text_config().hidden_size)
+        self._in_template = bool(self._tokenizer.chat_template)
 
     def text(self, prompt: str, response: str) -> str:
-        """Prompt and response in the model's chat template, or a blank line between them where it has none."""
-        if self._tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
-        return f"{prompt}\n\n{response}"
+        """Prompt and response in the model's chat template, or with a blank line between them where it has none."""
+        if not self._in_template:
+            return f"{prompt}\n\n{response}"
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors [n, dimension]."""
         import torch
 
-        tokens: list[list[int]] = self._tokenizer(
-            list(texts), truncation=True, max_length=self.max_tokens, return_overflowing_tokens=False
-        )["input_ids"]
-        self.truncated += sum(len(ids) >= self.max_tokens for ids in tokens)
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        tokens = self._tokens(texts)
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")
         for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            batch = self._tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
-            batch = batch.to(self._model.device)
-            last = batch["attention_mask"].sum(dim=1) - 1
+            rows = order[start : start + self._batch_size].tolist()
+            lengths = torch.tensor([len(tokens[row]) for row in rows])
+            # Padding on the right: under causal attention no token sees what is behind it.
+            ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+            for line, row in zip(ids, rows, strict=True):
+                line[: len(tokens[row])] = torch.tensor(tokens[row])
+            mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+            device = self._model.device
             with torch.inference_mode():
-                hidden = self._model(**batch).last_hidden_state
-            picked = hidden[torch.arange(len(rows), device=hidden.device), last]
-            vectors[rows] = picked.float().cpu().numpy()
+                hidden = self._model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+            last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
+            vectors[rows] = last.float().cpu().numpy()
         return vectors
+
+    def cut(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the texts [n] are longer than max_tokens."""
+        return _longer(self._tokenizer, texts, self.max_tokens, special=not self._in_template)
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        clipped = [text[-self.max_tokens * _CHARACTERS_A_TOKEN :] for text in texts]
+        ids: list[list[int]] = self._tokenizer(
+            clipped,
+            truncation=True,
+            max_length=self.max_tokens,
+            add_special_tokens=not self._in_template,  # a template writes them out
+        )["input_ids"]
+        return [row or [0] for row in ids]
+
+
+def _longer(tokenizer: Any, texts: Sequence[str], limit: int, special: bool) -> NDArray[np.bool_]:
+    """Which texts [n] have more than `limit` tokens."""
+    longer = np.zeros(len(texts), dtype=bool)
+    # A token has a character at least, and a text is surrounded by few special ones: most need no tokenizer.
+    rows = [row for row, text in enumerate(texts) if len(text) > limit - 4]
+    if rows:
+        clipped = [texts[row][: limit * _CHARACTERS_A_TOKEN] for row in rows]
+        ids = tokenizer(clipped, truncation=False, add_special_tokens=special, verbose=False)["input_ids"]
+        longer[rows] = [
+            len(found) > limit or len(texts[row]) > limit * _CHARACTERS_A_TOKEN
+            for row, found in zip(rows, ids, strict=True)
+        ]
+    return longer
 
 
 def _minilm_folder() -> str:
@@ -174,37 +218,39 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise BadConfiguration(f"device {name}: this machine shows no GPU to torch. Use device auto or cpu.")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadConfiguration(f"device {name}: torch knows none of that name. Use auto, cpu or cuda.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadConfiguration(
+            f"device {name}: torch sees {torch.cuda.device_count()} GPUs on this machine. Use auto or cpu."
+        )
     return name
 
 
-def _bfloat16(settings: EncodeSettings, device: str) -> bool:
-    return settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
+def _precision(settings: EncodeSettings, device: str) -> str:
+    if settings.precision == "auto":
+        return "bfloat16" if device.startswith("cuda") else "float32"
+    return settings.precision
 
 
-def _revision(where: str, asked: str) -> str:
-    """The revision asked for, or for a local folder a digest of its files' names and sizes and of its configuration."""
+def _revision(where: str, settings: EncodeSettings, model: Any) -> str:
+    """The commit of a model from the hub, or of a local folder a digest of its configuration and weights."""
     folder = Path(where)
     if not folder.is_dir():
-        return asked
+        return str(getattr(getattr(model, "config", None), "_commit_hash", None) or settings.revision)
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        if file.suffix == ".json" and file.stat().st_size < 100_000:
-            digest.update(file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin"):
-            with file.open("rb") as weights:  # both ends tell two trainings apart
-                digest.update(weights.read(65536))
-                weights.seek(-min(65536, file.stat().st_size), os.SEEK_END)
-                digest.update(weights.read())
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
 def _no_model(name: str, error: Exception) -> BadConfiguration:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return BadConfiguration(
-        f"the encoder {name} cannot be loaded: {first}. Give minilm, a folder, or a model of the hub; "
-        "without network the model must be in the cache of huggingface_hub already."
+        f"the encoder {name} cannot be loaded: {reason.strip()} Give minilm, a folder with a model, or a model of the "
+        "hub; without network it must be in the cache of huggingface_hub already."
     )
-

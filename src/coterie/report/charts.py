@@ -83,6 +83,7 @@ def worker_map(embedding: Array, coterie: Array, posterior: Array, comparisons: 
             if not len(rows):
                 continue
             colour, marker = look(k)
+            # From 0, every coterie as probable as the next, to 1.
             sure = (certainty[rows] - 1 / posterior.shape[1]) / max(1 - 1 / posterior.shape[1], 1e-9)
             ax.scatter(
                 place[rows, 0], place[rows, 1], s=size[rows], marker=marker, color=colour,
@@ -92,7 +93,7 @@ def worker_map(embedding: Array, coterie: Array, posterior: Array, comparisons: 
                 place[rows, 0], place[rows, 1], s=size[rows], marker=marker, facecolors="none", edgecolors=colour,
                 linewidths=0.7,
             )  # fmt: skip
-            if flat:
+            if flat or posterior.shape[1] == 1:
                 continue
             middle = np.median(place[coterie == k], axis=0)
             box = {"boxstyle": "circle,pad=0.28", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}

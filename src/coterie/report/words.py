@@ -87,7 +87,8 @@ def evidence(metrics: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"On prompts kept out of training it predicts {share(seen['accuracy'])} of the choices, every worker counted alike."
         )
-        if chosen["candidates"]:
+        divided = [c for c in chosen["candidates"] if c["member"] not in ("pooled", "reliability")]
+        if divided and all(c["gain"] <= c["standard_error"] for c in divided):
             sentences.append(
                 "No division of the workers predicted held-out choices better by more than one standard error."
             )
