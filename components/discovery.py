@@ -52,7 +52,7 @@ def cluster(
         coteries=coteries, max_coteries=max_coteries, method=method, splits=splits, seed=seed
     )  # fmt: skip
     figures = artifacts.run(stages.cluster, out=clustered, metrics=metrics, embedded=embedded, settings=settings)
-    return list(range(figures["selection"]["coteries"]))
+    return [str(k) for k in range(figures["selection"]["coteries"])]
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)

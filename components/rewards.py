@@ -28,7 +28,7 @@ def global_reward(
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def coterie_reward(
-    coterie: int,
+    coterie: str,  # a loop over an untyped list hands its items on as text
     embedded: dsl.Input[dsl.Dataset],
     clustered: dsl.Input[dsl.Dataset],
     global_reward: dsl.Input[dsl.Model],

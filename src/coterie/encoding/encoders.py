@@ -80,7 +80,8 @@ class SentenceEncoder:
         where = _minilm_folder() if settings.encoder == MINILM else settings.encoder
         device = _device(settings.device)
         try:
-            self._model = SentenceTransformer(where, device=device, revision=settings.revision)
+            revision = None if Path(where).is_dir() else settings.revision
+            self._model = SentenceTransformer(where, device=device, revision=revision)
         except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
             raise _no_model(settings.encoder, error) from error
         self.precision = _precision(settings, device)
