@@ -156,6 +156,8 @@ def typical(repeats: int, function: Callable[..., dict[str, Any]], *arguments: A
 
 
 def main() -> None:
+    """Measure everything and write the figures."""
+    """Run everything, write the results, and say them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "discovery.json")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement; the median is reported")

@@ -182,4 +182,4 @@ def test_a_missing_reward_is_named(groups, tmp_path):
 def test_an_estimate_of_nobody_is_no_number():
     made = bootstrap([0, 0, 1, 1]).estimate(np.zeros(4), np.ones(4, bool), np.zeros(2, bool))
     assert isinstance(made, Estimate)
-    assert np.isnan(made.value)
+    assert made.value is None

@@ -304,7 +304,7 @@ def test_missing_columns_are_named_with_those_found_and_the_remedy(tmp_path):
     ("name", "content", "words"),
     [
         ("a.jsonl", b"", "the file is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"),
         ("a.jsonl", b"\n\n", "no rows"),
         ("a.csv", b"worker,prompt,chosen,rejected\n", "no rows"),
         ("a.jsonl", b"no json\nat all\n", "none of the first 2 rows can be read"),

@@ -13,6 +13,7 @@ from coterie.discovery.votes import Array, Votes
 
 LOGIT_CAP = 4.0  # largest change of a logit in one Newton step
 _ROWS = 2048  # rows of x that are scaled at a time: they stay in the cache
+_HESSIAN_ROWS = 50_000  # that make a good Hessian; at least 200 for each feature
 
 
 def log_loss(logits: Array, y: Array | float) -> Array:
@@ -32,23 +33,38 @@ def curvature(logits: Array) -> Array:
 
 
 def gram(x: Array, weights: Array) -> Array:
-    """sum_j weights_j x_j x_j^T, [d, d] float64; weights [n] are not negative, rows of weight zero cost nothing."""
+    """sum_j weights_j x_j x_j^T, [d, d] float64; weights [n] are not negative."""
     root = np.sqrt(weights, dtype=np.float32)
     total = np.zeros((x.shape[1], x.shape[1]))
     for start in range(0, len(x), _ROWS):
-        rows, scale = x[start : start + _ROWS], root[start : start + _ROWS]
-        if not scale.all():
-            rows, scale = rows[scale > 0], scale[scale > 0]
-        scaled = rows * scale[:, None]
+        scaled = x[start : start + _ROWS] * root[start : start + _ROWS, None]
         total += scaled.T @ scaled
     return total
 
 
-def newton_step(hessian: Array, gradient: Array, x: Array, scale: Array) -> Array:
-    """Solve for the step uphill and shorten it until no logit scale_j x_j.step changes by more than LOGIT_CAP."""
+def newton_step(x: Array, weights: Array, scale: Array, gradient: Array, precision: float) -> tuple[Array, Array]:
+    """One step uphill, and the Hessian that it is taken with: sum_j weights_j x_j x_j^T + precision I.
+
+    Of many rows an even sample makes up the Hessian (sub-sampled Newton): the gradient is exact, so that only the rate of
+    convergence feels it. The step is shortened until no logit scale_j x_j.step of the sample changes by more than
+    LOGIT_CAP.
+
+    Args:
+        x: [n, d].
+        weights: [n], curvatures; rows of weight 0 cost nothing.
+        scale: [n], what multiplies x_j.theta in a logit.
+        gradient: [d].
+        precision: of the prior.
+    """
+    rows = np.flatnonzero(weights)
+    stride = max(1, len(rows) // max(_HESSIAN_ROWS, 200 * x.shape[1]))
+    rows = rows[::stride]
+    part = x[rows]
+    hessian = stride * gram(part, weights[rows])
+    hessian[np.diag_indices_from(hessian)] += precision
     step: Array = cho_solve(cho_factor(hessian), gradient)
-    largest = float(np.abs(scale * (x @ step.astype(np.float32))).max(initial=0))
-    return step * min(1.0, LOGIT_CAP / max(largest, 1e-12))
+    largest = float(np.abs(scale[rows] * (part @ step.astype(np.float32))).max(initial=0))
+    return step * min(1.0, LOGIT_CAP / max(largest, 1e-12)), hessian
 
 
 def reliability_step(
@@ -56,8 +72,8 @@ def reliability_step(
 ) -> tuple[Array, float]:
     """One Gauss-Newton step of log beta_i under log beta_i ~ N(0, variance).
 
-    Reliability and the length of theta share one scale. `centered` fixes it: log beta has mean 0 over the workers who
-    vote. Alternating without it crawls along the shared direction.
+    The reliabilities of a coterie and the length of its theta share one scale. `centered` leaves that scale to theta: the
+    step has mean 0 over each coterie. Alternating without it crawls along the shared direction.
 
     Args:
         log_reliability: [n_workers].
@@ -77,13 +93,17 @@ def reliability_step(
     present = votes.present
     gradient[~present] = 0.0
     if centered:
-        gradient[present] -= multiplier(gradient[present], hessian[present])
+        gradient[present] -= multipliers(gradient[present], hessian[present], weights[present])
     updated = np.clip(log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
     if centered:
         updated[present] -= updated[present].mean()
     return updated, float(np.abs(gradient).max())
 
 
-def multiplier(gradient: Array, hessian: Array) -> float:
-    """The Lagrange multiplier that makes the components of the step (gradient - multiplier) / hessian sum to 0."""
-    return float((gradient / hessian).sum() / (1 / hessian).sum())
+def multipliers(gradient: Array, hessian: Array, weights: Array) -> Array:
+    """What to subtract from a gradient [n] so that the step gradient / hessian sums to 0 under each of K weights [n, K].
+
+    These are the constraints' Lagrange multipliers, spread over the n components by their weights.
+    """
+    scaled = weights / hessian[:, None]
+    return np.asarray(weights @ np.linalg.lstsq(weights.T @ scaled, scaled.T @ gradient, rcond=1e-9)[0])

@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 
 from coterie.contracts import LOWRANK_TENSORS, replacing
 from coterie.discovery.logistic import curvature as logistic_curvature
-from coterie.discovery.logistic import gram, log_loss, multiplier
+from coterie.discovery.logistic import gram, log_loss, multipliers
 from coterie.discovery.pooled import ReliabilityReward, Reward
 from coterie.discovery.spectral import taste_directions
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
@@ -34,6 +34,7 @@ _SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objec
 _INFER_SWEEPS = 12
 _START_PRECISION = 30.0  # shrinks the one-step tastes that U starts from
 _START_LENGTH = 0.01  # of a column of U at least: 0 is a stationary point
+_PRECONDITIONER_ROWS = 50_000
 _RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
 
 
@@ -120,8 +121,9 @@ class LowRankReward(Reward):
 
     def _optimise(self, votes: Votes, theta: Array, basis: Array | None) -> tuple[Array, Array, _Workers]:
         n, r = len(votes), self.rank
-        logits = votes.x @ theta.astype(np.float32)
-        hessian = gram(votes.x, logistic_curvature(logits)) / n
+        some = slice(None, None, max(1, n // _PRECONDITIONER_ROWS))
+        part = votes.x[some]
+        hessian = gram(part, logistic_curvature(part @ theta.astype(np.float32))) / len(part)
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:
@@ -130,14 +132,14 @@ class LowRankReward(Reward):
         eye = np.broadcast_to(np.eye(r), (votes.n_workers, r, r))
         workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), np.zeros(votes.n_workers))
         variance = self.reliability_variance_
-        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
+        _sweeps(votes, _Projected.of(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
         precision = np.concatenate([[self.precision], np.full(r, self.basis_precision)])
 
         def objective(flat: Array) -> tuple[float, Array]:
             stacked = solve_triangular(root, flat.reshape(-1, r + 1), lower=True, trans="T")
-            margins, loadings = _project(votes, stacked[:, 0], stacked[:, 1:])
-            _sweeps(votes, margins, loadings, workers, variance, _SWEEPS, centered=True)
-            value, pull = _bound(votes, margins, loadings, workers, variance)
+            seen = _Projected.of(votes, stacked[:, 0], stacked[:, 1:])
+            moments = _sweeps(votes, seen, workers, variance, _SWEEPS, centered=True)
+            value, pull = _bound(votes, seen, workers, moments, variance)
             value += 0.5 * float((precision * stacked**2).sum())
             gradient = (pull @ votes.x).T + precision * stacked
             return value / n, solve_triangular(root, gradient, lower=True).ravel() / n
@@ -153,7 +155,7 @@ class LowRankReward(Reward):
                 break
         stacked = solve_triangular(root, point.reshape(-1, r + 1), lower=True, trans="T")
         theta, basis = stacked[:, 0], stacked[:, 1:]
-        _sweeps(votes, *_project(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
+        _sweeps(votes, _Projected.of(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
         return theta, basis, workers
 
     def save(self, path: Path) -> None:
@@ -176,102 +178,122 @@ class LowRankReward(Reward):
         self._check(votes, votes.n_workers)
         eye = np.broadcast_to(np.eye(self.rank), (votes.n_workers, self.rank, self.rank))
         workers = _Workers(np.zeros((votes.n_workers, self.rank)), eye.copy(), np.zeros(votes.n_workers))
-        margins, loadings = _project(votes, self.theta_, self.basis_)
-        _sweeps(votes, margins, loadings, workers, self.reliability_variance_, _INFER_SWEEPS, centered=False)
+        seen = _Projected.of(votes, self.theta_, self.basis_)
+        _sweeps(votes, seen, workers, self.reliability_variance_, _INFER_SWEEPS, centered=False)
         return workers.mean, workers.covariance, workers.log_reliability
 
     def decision_function(self, votes: Votes) -> Array:
         """Logits [n], moderated by the uncertainty of a_i (MacKay 1992), for workers numbered as in `fit`."""
         self._check(votes, len(self.log_reliability_))
         workers = _Workers(self.embeddings_, self.covariances_, self.log_reliability_)
-        mean, variance, _, _ = _moments(votes, *_project(votes, self.theta_, self.basis_), workers)
-        return np.asarray(mean / np.sqrt(1 + np.pi / 8 * variance))
+        mean, variance = _moments(votes, _Projected.of(votes, self.theta_, self.basis_), workers)
+        beta = _beta(votes, workers)
+        return np.asarray(beta * mean / np.sqrt(1 + np.pi / 8 * beta**2 * variance))
 
 
-def _project(votes: Votes, theta: Array, basis: Array) -> tuple[Array, Array]:
-    """x.theta [n] and (x U)^T [r, n], float32, in one pass over x."""
-    both = np.vstack([theta, basis.T]).astype(np.float32) @ votes.x.T
-    return both[0], both[1:]
+@dataclass
+class _Projected:
+    """What of x the workers' posteriors depend on; float32, one pass over x."""
+
+    margins: Array  # [n], x.theta
+    loadings: Array  # [r, n], u = U^T x
+    products: Array  # [r (r + 1) / 2, n], u_i u_j for i <= j
+
+    @classmethod
+    def of(cls, votes: Votes, theta: Array, basis: Array) -> _Projected:
+        both = np.vstack([theta, basis.T]).astype(np.float32) @ votes.x.T
+        loadings = both[1:]
+        products = np.stack([loadings[i] * loadings[j] for i, j in _pairs(len(loadings))])
+        return cls(both[0], loadings, products)
 
 
-def _moments(votes: Votes, margins: Array, loadings: Array, workers: _Workers) -> tuple[Array, Array, Array, Array]:
-    """Mean and variance of each logit under q [n], the rows' beta [n], and V_i u_j [r, n]; float32."""
-    beta = np.exp(workers.log_reliability).astype(np.float32)[votes.worker]
-    mean = margins.copy()
-    for m, u in zip(workers.mean.T.astype(np.float32), loadings, strict=True):
+def _pairs(rank: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(rank) for j in range(i, rank)]
+
+
+def _moments(votes: Votes, seen: _Projected, workers: _Workers) -> tuple[Array, Array]:
+    """Mean and variance [n] of each x.(theta + U a_i) under q; a logit is beta_i times that."""
+    mean, variance = seen.margins.copy(), np.zeros_like(seen.margins)
+    for m, u in zip(workers.mean.T.astype(np.float32), seen.loadings, strict=True):
         mean += m[votes.worker] * u
-    mean *= beta
     covariance = workers.covariance.astype(np.float32)
-    spread = np.zeros_like(loadings)
-    for i in range(len(loadings)):
-        for j in range(len(loadings)):
-            spread[i] += covariance[:, i, j][votes.worker] * loadings[j]
-    variance = beta**2 * (spread * loadings).sum(axis=0)
-    return mean, np.maximum(variance, 0), beta, spread
+    for (i, j), product in zip(_pairs(len(seen.loadings)), seen.products, strict=True):
+        entry = covariance[:, i, j] if i == j else 2 * covariance[:, i, j]
+        variance += entry[votes.worker] * product
+    return mean, np.maximum(variance, 0)
 
 
-def _bound_curvature(mean: Array, variance: Array) -> tuple[Array, Array]:
-    """xi [n] and 2 lambda(xi) = tanh(xi / 2) / (2 xi), the curvature of the quadratic bound."""
-    xi = np.sqrt(mean**2 + variance + np.float32(1e-8))
+def _beta(votes: Votes, workers: _Workers) -> Array:
+    return np.asarray(np.exp(workers.log_reliability).astype(np.float32)[votes.worker])
+
+
+def _bound_curvature(square: Array) -> tuple[Array, Array]:
+    """xi [n] of E z^2 [n], and 2 lambda(xi) = tanh(xi / 2) / (2 xi), the curvature of the quadratic bound."""
+    xi = np.sqrt(square + np.float32(1e-8))
     return xi, np.tanh(0.5 * xi) / (2 * xi)
 
 
-def _bound(votes: Votes, margins: Array, loadings: Array, workers: _Workers, variance: float) -> tuple[float, Array]:
+def _bound(
+    votes: Votes, seen: _Projected, workers: _Workers, moments: tuple[Array, Array], variance: float
+) -> tuple[float, Array]:
     """The bound on minus the log marginal likelihood, up to a constant, and its gradient by the logits [r + 1, n].
 
     The workers' posteriors are held, as their derivatives vanish at their optimum.
     """
-    mean, spread_variance, beta, spread = _moments(votes, margins, loadings, workers)
-    xi, curvature = _bound_curvature(mean, spread_variance)
-    half = votes.y - np.float32(0.5)
+    beta, half = _beta(votes, workers), votes.y - np.float32(0.5)
+    mean = beta * moments[0]
+    xi, curvature = _bound_curvature(mean**2 + beta**2 * moments[1])
     fit = (log_loss(xi, 0.5) - half * mean).sum(dtype=np.float64)
     trace = np.einsum("irr->i", workers.covariance)
     divergence = 0.5 * (trace + (workers.mean**2).sum(axis=1) - np.linalg.slogdet(workers.covariance)[1]).sum()
     prior = 0.5 * (workers.log_reliability**2).sum() / variance
-    slope = beta * (curvature * mean - half)
-    pull = np.empty((len(loadings) + 1, len(votes)), np.float32)
+    slope, weight = beta * (curvature * mean - half), curvature * beta**2
+    pull = np.empty((len(seen.loadings) + 1, len(votes)), np.float32)
     pull[0] = slope
+    covariance = workers.covariance.astype(np.float32)
     for i, m in enumerate(workers.mean.T.astype(np.float32)):
-        pull[i + 1] = slope * m[votes.worker] + curvature * beta**2 * spread[i]
+        spread = sum(covariance[:, i, j][votes.worker] * u for j, u in enumerate(seen.loadings))
+        pull[i + 1] = slope * m[votes.worker] + weight * spread
     return float(fit + divergence + prior), pull
 
 
 def _sweeps(
-    votes: Votes, margins: Array, loadings: Array, workers: _Workers, variance: float, sweeps: int, centered: bool
-) -> None:
+    votes: Votes, seen: _Projected, workers: _Workers, variance: float, sweeps: int, centered: bool
+) -> tuple[Array, Array]:
     """Update `workers` in place, each time in closed form given the bound (so the bound falls); beta by a Newton step.
 
     `centered` holds the mean of log beta at 0, which fixes the scale that beta shares with theta and U.
+
+    Returns:
+        The moments under the updated posteriors, as `_moments` gives them.
     """
-    r = len(loadings)
-    upper = [(i, j) for i in range(r) for j in range(i, r)]
-    half = votes.y - np.float32(0.5)
+    r = len(seen.loadings)
+    half, present = votes.y - np.float32(0.5), votes.present
+    mean, spread = _moments(votes, seen, workers)
     for _ in range(sweeps):
-        mean, spread_variance, beta, _ = _moments(votes, margins, loadings, workers)
-        _, curvature = _bound_curvature(mean, spread_variance)
-        weight = curvature * beta**2
-        target = half * beta - weight * margins
+        beta = _beta(votes, workers)
+        square = beta**2
+        _, curvature = _bound_curvature(square * (mean**2 + spread))
+        weight = curvature * square
+        target = half * beta - weight * seen.margins
         information = np.empty((votes.n_workers, r, r))
-        for i, j in upper:
-            entry = votes.sum_by_worker(weight * loadings[i] * loadings[j])
-            information[:, i, j] = information[:, j, i] = entry
+        for (i, j), product in zip(_pairs(r), seen.products, strict=True):
+            information[:, i, j] = information[:, j, i] = votes.sum_by_worker(weight * product)
         information += np.eye(r)
-        slope = np.stack([votes.sum_by_worker(target * u) for u in loadings], axis=1)
+        slope = np.stack([votes.sum_by_worker(target * u) for u in seen.loadings], axis=1)
         workers.covariance = np.linalg.inv(information)
         workers.mean = (workers.covariance @ slope[:, :, None])[:, :, 0]
-        if variance <= 0:
-            continue
-        mean, spread_variance, beta, _ = _moments(votes, margins, loadings, workers)
-        second = curvature * (mean**2 + spread_variance)
-        gradient = votes.sum_by_worker(half * mean - second) - workers.log_reliability / variance
+        mean, spread = _moments(votes, seen, workers)
+        second = weight * (mean**2 + spread)
+        gradient = votes.sum_by_worker(half * beta * mean - second) - workers.log_reliability / variance
         hessian = votes.sum_by_worker(second) + 1 / variance
-        present = votes.present
         gradient[~present] = 0
         if centered:
-            gradient[present] -= multiplier(gradient[present], hessian[present])
+            gradient[present] -= multipliers(gradient[present], hessian[present], np.ones((int(present.sum()), 1)))
         workers.log_reliability = np.clip(workers.log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
         if centered:
             workers.log_reliability[present] -= workers.log_reliability[present].mean()
+    return mean, spread
 
 
 def _signs(columns: Array) -> Array:

@@ -16,7 +16,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.cluster import KMeans
 
 from coterie.contracts import MIXTURE_TENSORS, replacing
-from coterie.discovery.logistic import curvature, gram, log_loss, newton_step, reliability_step, residual
+from coterie.discovery.logistic import curvature, log_loss, multipliers, newton_step, reliability_step, residual
 from coterie.discovery.pooled import ReliabilityReward, Reward
 from coterie.discovery.spectral import taste_directions
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
@@ -106,7 +106,7 @@ class MixtureReward(Reward):
                 some = random_workers(votes, PILOT, 50 * self.n_coteries, self.seed)
                 pilot = votes.of_workers(some)
                 first = self._start(pilot)
-                theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first)
+                theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first, tol=10 * self.tol)
             else:
                 start = self._start(votes)
             theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, start)
@@ -130,6 +130,7 @@ class MixtureReward(Reward):
         weights: Array,
         responsibilities: Array | None,
         hold: bool = False,
+        tol: float | None = None,
     ) -> tuple[Array, Array, Array, Array]:
         """EM from rewards theta, or from responsibilities where given (then the first E-step, or all, are skipped)."""
         influence: list[Array] = []
@@ -142,25 +143,38 @@ class MixtureReward(Reward):
                     evidence -= responsibilities * np.stack(influence, axis=1)
                 responsibilities = _responsibilities(evidence, weights, votes.present)
                 weights = _weights(responsibilities, votes.present)
-            pull = np.stack([residual(beta * m, votes.y) for m in margins]) * beta
             mine = responsibilities.T.astype(np.float32)[:, votes.worker]
-            gradient = (pull * mine) @ votes.x - self.precision * (theta - self._center)
+            own = [votes.gradients_by_worker(beta * residual(beta * m, votes.y)) for m in margins]
+            gradient = np.einsum("ik,kid->kd", responsibilities, own) - self.precision * (theta - self._center)
             self.n_iter_, self.gradient_ = iteration, float(np.abs(gradient).max()) / len(votes)
-            if self.gradient_ <= self.tol and iteration > 2:
+            if self.gradient_ <= (tol or self.tol) and iteration > 2:
                 break
             influence = []
             for k in range(self.n_coteries):
-                share = np.where(mine[k] > _NEGLIGIBLE, mine[k], 0)
-                hessian = gram(votes.x, share * curvature(beta * margins[k]) * beta**2)
-                hessian[np.diag_indices_from(hessian)] += self.precision
-                theta[k] += newton_step(hessian, gradient[k], votes.x, np.where(share > 0, beta, 0))
-                own = votes.gradients_by_worker(pull[k])
-                influence.append(((own @ np.linalg.inv(hessian)) * own).sum(axis=1))
+                weights_k = np.where(mine[k] > _NEGLIGIBLE, mine[k], 0) * curvature(beta * margins[k]) * beta**2
+                step, hessian = newton_step(votes.x, weights_k, beta, gradient[k], self.precision)
+                theta[k] += step
+                influence.append(((own[k] @ np.linalg.inv(hessian)) * own[k]).sum(axis=1))
             log_beta, _ = reliability_step(
                 log_beta, margins, responsibilities, votes, self.reliability_variance_, centered=True
             )
+            scale = self._scale_step(theta, log_beta, np.where(votes.present[:, None], responsibilities, 0))
+            theta /= np.exp(scale)[:, None]
+            log_beta[votes.present] += responsibilities[votes.present] @ scale
         assert responsibilities is not None
         return theta, responsibilities, log_beta, weights
+
+    def _scale_step(self, theta: Array, log_beta: Array, responsibilities: Array) -> Array:
+        """How far to move the scale that theta_k shares with its workers' reliabilities from the former to these, [K].
+
+        The likelihood does not feel it; the two priors do. log beta keeps its mean over all workers.
+        """
+        counts = responsibilities.sum(axis=0) + 1e-9
+        pull = self.precision * (theta * (theta - self._center)).sum(axis=1)
+        gradient = pull - responsibilities.T @ log_beta / self.reliability_variance_
+        hessian = counts / self.reliability_variance_ + self.precision * (theta**2).sum(axis=1)
+        gradient -= multipliers(gradient, hessian, counts[:, None])
+        return np.asarray(np.clip(gradient / hessian, -0.5, 0.5))
 
     @staticmethod
     def _evidence(votes: Votes, logits: Array) -> Array:

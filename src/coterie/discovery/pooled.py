@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from coterie.discovery.logistic import curvature, gram, log_loss, newton_step, reliability_step, residual
+from coterie.discovery.logistic import curvature, log_loss, newton_step, reliability_step, residual
 from coterie.discovery.votes import Array, Votes
 from coterie.errors import BadData
 
@@ -81,9 +81,7 @@ class ReliabilityReward(Reward):
             self.n_iter_, self.gradient_ = iteration, largest / len(votes)
             if self.gradient_ <= self.tol and (iteration > 2 or not self.reliability_variance):
                 break
-            hessian = gram(votes.x, curvature(logits) * beta**2)
-            hessian[np.diag_indices_from(hessian)] += self.precision
-            theta += newton_step(hessian, gradient, votes.x, beta)
+            theta += newton_step(votes.x, curvature(logits) * beta**2, beta, gradient, self.precision)[0]
         self.n_features_in_ = votes.n_features
         self.theta_ = theta.astype(np.float32)
         self.log_reliability_ = log_beta
