@@ -31,7 +31,7 @@ from coterie.discovery import LowRankReward, MixtureReward, ReliabilityReward, V
 
 TOLERANCE, PRECISION = 1e-4, 10.0
 FEATURES, COMPARISONS, GROUPS = 128, 100, (0.4, 0.3, 0.2, 0.1)
-LEARNING_RATES, WEIGHT_DECAYS, ADAM_STEPS = (0.5, 0.1, 0.03), (0.0, 1e-5, 1e-4), 1000
+LEARNING_RATES, WEIGHT_DECAYS, ADAM_STEPS, PATIENCE = (1.0, 0.5, 0.1), (0.0, 1e-5, 1e-4), 1000, 50
 
 
 def simulated(workers: int, seed: int = 0) -> Votes:
@@ -132,7 +132,7 @@ def adam(train: Votes, test: Votes, rate: float, decay: float, target: float, ra
         if now < best["log_loss"]:
             best = {"seconds": seconds, "log_loss": now, "steps": step, "rate": rate, "weight_decay": decay}
             since = 0
-        if now <= target or since == 100:
+        if now <= target or since == PATIENCE:
             break
     return best
 

@@ -1,7 +1,6 @@
 """What all stages share: whole results or none, no work twice, errors in words; and the command line's exit codes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -114,7 +113,10 @@ def test_an_interrupted_stage_leaves_nothing_half_written(tmp_path):
     out = tmp_path / "ingest"
     source = "simulated://groups?workers=2000&comparisons_per_worker=400"
     command = [sys.executable, "-m", "coterie.cli", "ingest", source, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    # A worker of pytest-xdist ignores SIGINT, and a child would inherit that.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     assert process.stderr is not None
     assert "started" in process.stderr.readline()
     time.sleep(0.5)

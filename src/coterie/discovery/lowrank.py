@@ -23,9 +23,8 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from coterie.contracts import LOWRANK_TENSORS, replacing
-from coterie.discovery.logistic import curvature as logistic_curvature
-from coterie.discovery.logistic import gram, log_loss, multipliers
-from coterie.discovery.pooled import ReliabilityReward, Reward
+from coterie.discovery.logistic import log_loss, mean_hessian, multipliers
+from coterie.discovery.pooled import PooledReward, ReliabilityReward, Reward
 from coterie.discovery.spectral import taste_directions
 from coterie.discovery.votes import PILOT, Array, Votes, random_workers
 from coterie.errors import BadData
@@ -34,7 +33,6 @@ _SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objec
 _INFER_SWEEPS = 12
 _START_PRECISION = 30.0  # shrinks the one-step tastes that U starts from
 _START_LENGTH = 0.01  # of a column of U at least: 0 is a stationary point
-_PRECONDITIONER_ROWS = 50_000
 _RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
 
 
@@ -63,7 +61,7 @@ class LowRankReward(Reward):
         precision: of the prior around 0 of each component of theta.
         basis_precision: of the prior around 0 of each entry of U.
         reliability_variance: tau^2.
-        base: a fitted ReliabilityReward to start from; None: fit one here.
+        base: a fitted ReliabilityReward whose theta to start from, and whose tau^2 to take; None: start from a pooled one.
         tol: largest component of the gradient of the mean penalised loss at which to stop, in the coordinates above.
         max_iter: L-BFGS iterations at most.
         seed: of the choice of workers to start on.
@@ -103,9 +101,9 @@ class LowRankReward(Reward):
         """Fit to votes. Raises BadData: a rank above the number of features."""
         if not 1 <= self.rank <= votes.n_features:
             raise BadData(f"rank {self.rank} with {votes.n_features} features; ask for 1 to {votes.n_features}")
-        base = self.base or ReliabilityReward(self.precision, self.reliability_variance, self.tol).fit(votes)
-        theta, basis = base.theta_.astype(np.float64), None
-        self.reliability_variance_ = base.reliability_variance
+        start = self.base or PooledReward(self.precision, 10 * self.tol).fit(votes)  # where to start, no more
+        theta, basis = start.theta_.astype(np.float64), None
+        self.reliability_variance_ = self.base.reliability_variance if self.base else self.reliability_variance
         if len(votes) > 2 * PILOT:
             some = random_workers(votes, PILOT, 50 * self.rank, self.seed)
             theta, basis, _ = self._optimise(votes.of_workers(some), theta, None)
@@ -121,9 +119,7 @@ class LowRankReward(Reward):
 
     def _optimise(self, votes: Votes, theta: Array, basis: Array | None) -> tuple[Array, Array, _Workers]:
         n, r = len(votes), self.rank
-        some = slice(None, None, max(1, n // _PRECONDITIONER_ROWS))
-        part = votes.x[some]
-        hessian = gram(part, logistic_curvature(part @ theta.astype(np.float32))) / len(part)
+        hessian = mean_hessian(votes.x, theta)
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:

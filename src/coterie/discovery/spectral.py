@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coterie.discovery.logistic import curvature, gram, residual
+from coterie.discovery.logistic import mean_hessian, residual
 from coterie.discovery.votes import Array, Votes
 
 
@@ -21,7 +21,7 @@ def taste_directions(votes: Votes, theta: Array, n_directions: int, precision: f
     """
     logits = votes.x @ theta.astype(np.float32)
     gradients = votes.gradients_by_worker(residual(logits, votes.y))[votes.present]
-    values, vectors = np.linalg.eigh(gram(votes.x, curvature(logits)) / len(votes))
+    values, vectors = np.linalg.eigh(mean_hessian(votes.x, theta))
     counts = votes.counts[votes.present].astype(np.float64)
     tastes = (gradients @ vectors) / (counts[:, None] * np.maximum(values, 0) + precision) @ vectors.T
     along = theta / max(float(np.linalg.norm(theta)), 1e-12)
