@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 from coterie.discovery import LowRankReward, MixtureReward, ReliabilityReward, Votes
 
@@ -166,7 +167,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     large, small = options.workers, options.workers // 10
-    figures: dict[str, Any] = {"cores": os.cpu_count(), "machine": platform.machine(), "tolerance": TOLERANCE}
+    threads = max(library["num_threads"] for library in threadpool_info())
+    figures: dict[str, Any] = {"cores": os.cpu_count(), "threads": threads, "machine": platform.machine()}
+    figures["tolerance"] = TOLERANCE
     for workers in (small, large):
         n = str(workers * COMPARISONS)
         figures[n] = {"scikit-learn pooled": typical(options.repeats, logistic_regression, workers)}

@@ -152,6 +152,13 @@ def test_many_comparisons_start_on_some_workers_and_end_the_same(groups: Simulat
     assert direct[1].score(groups.test) == pytest.approx(piloted[1].score(groups.test), abs=1e-3)
 
 
+@pytest.mark.parametrize("member", [LowRankReward(1), MixtureReward(2)], ids=str)
+def test_everybody_may_be_equally_reliable(groups: Simulated, member) -> None:
+    fitted = clone(member).set_params(base=PooledReward().fit(groups.train)).fit(groups.train)
+    assert np.abs(fitted.log_reliability_).max() < 1e-3
+    assert fitted.score(groups.test) > fitted.base.score(groups.test)
+
+
 def test_a_mixture_survives_its_file(groups: Simulated, tmp_path: Path) -> None:
     mixture = MixtureReward(4).fit(groups.train)
     mixture.save(tmp_path / "mixture.safetensors", "v1")

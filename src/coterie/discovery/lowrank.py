@@ -103,7 +103,8 @@ class LowRankReward(Reward):
             raise BadData(f"rank {self.rank} with {votes.n_features} features; ask for 1 to {votes.n_features}")
         start = self.base or PooledReward(self.precision, 10 * self.tol).fit(votes)  # where to start, no more
         theta, basis = start.theta_.astype(np.float64), None
-        self.reliability_variance_ = self.base.reliability_variance if self.base else self.reliability_variance
+        given = self.base.reliability_variance if self.base else self.reliability_variance
+        self.reliability_variance_ = max(given, 1e-6)
         if len(votes) > 2 * PILOT:
             some = random_workers(votes, PILOT, 50 * self.rank, self.seed)
             theta, basis, _ = self._optimise(votes.of_workers(some), theta, None)

@@ -87,7 +87,7 @@ class MixtureReward(Reward):
                 f"{self.n_coteries} coteries of {voting} workers with training comparisons; ask for 1 to {voting}"
             )
         base = self.base or ReliabilityReward(reliability_variance=self.reliability_variance, tol=self.tol).fit(votes)
-        self.n_features_in_, self.reliability_variance_ = votes.n_features, base.reliability_variance
+        self.n_features_in_, self.reliability_variance_ = votes.n_features, max(base.reliability_variance, 1e-6)
         self._center = base.theta_.astype(np.float64)
         theta, log_beta = np.tile(self._center, (self.n_coteries, 1)), np.zeros(votes.n_workers)
         weights = np.full(self.n_coteries, 1 / self.n_coteries)
