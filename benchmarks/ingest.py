@@ -4,8 +4,8 @@
     python benchmarks/ingest.py --kinds short --rows 10000000 --programs coterie --repeats 1
 
 Two kinds of rows, made up from a vocabulary of 20,000 made-up words: `tldr`, 2 kB each in the schema of
-summarize_from_feedback, and `short`, 200 bytes each. Three rows of four share their prompt with the row before. Every
-measurement is a process of its own; "rows a second" is per second of processor time (user and system), so it is per
+summarize_from_feedback, no two with the same title and text, and `short`, 200 bytes each, of which three of four share
+their prompt with the row before. Every measurement is a process of its own; "rows a second" is per second of processor time (user and system), so it is per
 core, without the imports; peak memory is the whole process's.
 
 References, in the same run: orjson (parses each line and drops it), pyarrow (pyarrow.json and a Parquet file, on one

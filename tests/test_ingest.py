@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,13 @@ from coterie.config import IngestSettings
 from coterie.contracts import COMPARISON, QUARANTINE, content_id
 from coterie.errors import BadConfiguration, BadData
 from coterie.ingest import data_report_markdown, ingest
+from coterie.ingest.duplicates import Seen
 from coterie.ingest.identifiers import comparison_id, pair_id
+from coterie.ingest.openai import OpenAIReader
 from coterie.ingest.pseudonyms import fingerprint, pseudonym
+from coterie.ingest.readers import Naming
+from coterie.ingest.table import TableReader
+from coterie.ingest.validation import Refused
 
 KEY = b"0123456789abcdef0123456789abcdef"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -39,7 +45,7 @@ def vote(worker="anna", prompt="p", chosen="good", rejected="bad", **more):
 def run(tmp_path, source, key=KEY, quarantine=None, **options):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    sources = source if isinstance(source, list) else [source]
+    sources = source if isinstance(source, list) else [str(source)]
     metrics = ingest(IngestSettings.of(source=sources, **options), out, key, quarantine)
     return metrics, COMPARISON.read(out / "comparisons.parquet").to_pylist()
 
@@ -165,10 +171,27 @@ def test_fewer_than_three_prompts_all_train_and_it_is_said(tmp_path):
 
 def test_the_sources_split_counts_when_mapped_and_a_prompt_is_in_one(tmp_path):
     rows = [vote(prompt="a", fold="train"), vote("ben", prompt="a", fold="test"), vote(prompt="b", fold="validation")]
+    rows += [vote(prompt="c", fold="train"), vote(prompt="c", fold="validation")]  # one vote, but in two splits
     source = write(tmp_path / "a.jsonl", rows)
     metrics, out = run(tmp_path, source, columns={"split": "fold"})
-    assert {row["prompt"]: row["split"] for row in out} == {"a": "test", "b": "validation"}
+    assert {row["prompt"]: row["split"] for row in out} == {"a": "test", "b": "validation", "c": "validation"}
+    assert len(out) == 4
     assert any("several of the source's splits" in warning for warning in metrics["warnings"])
+
+
+@pytest.mark.parametrize(("prompts", "few"), [(100, 0), (300, 1000)], ids=["copied, as drafted", "as drafted, copied"])
+def test_a_copy_of_the_draft_differs_in_the_splits_alone(tmp_path, monkeypatch, prompts, few):
+    rows = [vote(worker, f"prompt {number}", f"good {number}") for number in range(prompts) for worker in "aba"]
+    metrics, out = run(tmp_path, write(tmp_path / "a.jsonl", rows))
+    assert metrics["duplicates"] == prompts
+    monkeypatch.setattr("coterie.ingest.splits.FEW_PROMPTS", few)
+    again, other = run(tmp_path, tmp_path / "a.jsonl")
+    assert [row | {"split": ""} for row in other] == [row | {"split": ""} for row in out]
+    assert [row["split"] for row in other] != [row["split"] for row in out]
+    assert again | {"splits": {}} == metrics | {"splits": {}}
+    for report, comparisons in ((metrics, out), (again, other)):
+        held = Counter(row["split"] for row in comparisons)
+        assert {name: part["comparisons"] for name, part in report["splits"].items()} == held
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -202,7 +225,9 @@ BAD_VOTES = [
 ]
 
 
-def test_every_refused_row_has_source_line_and_reason(tmp_path):
+@pytest.mark.parametrize("size", [1, 1 << 20], ids=["a block a row", "one block"])
+def test_every_refused_row_has_source_line_and_reason(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("coterie.ingest.sources._BYTES", size)
     bad = list(BAD_ROWS.items()) + [(vote() | v, reason) for v, reason in BAD_VOTES]
     rows = [vote(prompt="fine")] + [row for row, _ in bad]
     source = write(tmp_path / "a.jsonl", rows)
@@ -249,7 +274,7 @@ def test_long_texts_and_emoji_are_welcome(tmp_path):
     [
         ([vote(prompt=f"{n}") for n in range(5)], "one worker"),
         ([vote(f"{n}", prompt=f"{n}") for n in range(5)], "one comparison a worker"),
-        ([vote(f"{n % 2}", f"{n}", shown_first="chosen") for n in range(60)], "2 workers with 20 comparisons"),
+        ([vote(f"{n % 2}", f"{n}", shown_first="chosen") for n in range(60)], "or always the other: 2;"),
         ([vote(label=0.5), vote("ben", label="tie")], "every comparison is a tie"),
     ],
 )
@@ -267,25 +292,22 @@ def test_same_input_same_files_whatever_the_batches(tmp_path, monkeypatch):
     first = (tmp_path / "out" / "comparisons.parquet").read_bytes()
     run(tmp_path, source)
     assert (tmp_path / "out" / "comparisons.parquet").read_bytes() == first
-    monkeypatch.setattr("coterie.ingest.spool.BATCH_ROWS", 300)
+    monkeypatch.setattr("coterie.ingest.draft.GROUP_ROWS", 300)
+    monkeypatch.setattr("coterie.ingest.sources._BYTES", 1000)
     assert run(tmp_path, source)[1] == rows
 
 
-def test_an_interrupted_run_leaves_no_result(tmp_path, monkeypatch):
-    source = write(tmp_path / "a.jsonl", [vote(prompt=f"{n}") for n in range(2000)])
-    monkeypatch.setattr("coterie.ingest.spool.BATCH_ROWS", 300)
+@pytest.mark.parametrize(
+    "place", ["data_report.DataReport.update", "draft.progress"], ids=["reading", "copying with other splits"]
+)
+def test_an_interrupted_run_leaves_no_result(tmp_path, monkeypatch, place):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
 
-    class Interrupted:
-        def __init__(self):
-            pass
-
-        def update(self, table):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("coterie.ingest.run.DataReport", Interrupted)
+    monkeypatch.setattr(f"coterie.ingest.{place}", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["quarantine.parquet"]
+        run(tmp_path, write(tmp_path / "a.jsonl", [vote(prompt=f"{n}") for n in range(30)]))
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {"quarantine.parquet"}
 
 
 def test_a_full_disk_is_said_in_words_and_leaves_no_result(tmp_path):
@@ -342,6 +364,132 @@ def test_every_row_is_kept_refused_or_a_duplicate_in_any_order(tmp_path, rows, o
     _, again = run(tmp_path, write(tmp_path / "a.jsonl", rows), max_refused=1)
     votes = [{(r["comparison_id"], r["prompt_id"], r["split"]) for r in some} for some in (kept, again)]
     assert votes[0] == votes[1]
+
+
+def test_worker_ids_that_python_takes_for_equal():
+    name = Naming(None)
+    assert name.column([1.0, 1]) == name.column(["1", 1.0]) == name.column(["1", "1"])
+    for column in ([True], [1, True], ["1", True], [1.5]):
+        with pytest.raises(Refused):
+            name.column(column)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=30), max_size=8))
+def test_what_was_seen_before(batches):
+    seen, expected = Seen(slots=2), set()
+    for batch in batches:
+        new = seen.add(np.array([7 * number % 2**64 for number in batch], dtype=np.uint64))
+        for number, is_new in zip(batch, new, strict=True):
+            number = max(7 * number % 2**64, 1)  # 0 is taken for 1
+            assert is_new == (number not in expected)
+            expected.add(number)
+
+
+# Records that are read by columns, and odd ones of every kind, which are not.
+words = st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=6).filter(str.strip)
+plain_row = st.fixed_dictionaries(
+    {
+        "worker": st.sampled_from(["a", "b", "é"]),
+        "prompt": words,
+        "chosen": words.map("yes {}".format),
+        "rejected": words.map("no {}".format),
+    },
+    optional={
+        "label": st.sampled_from([0, 1, 0.5, "tie", "b"]),
+        "shown_first": st.sampled_from(["chosen", "rejected", None, ""]),
+        "confidence": st.sampled_from([0, 0.25, "1", None]),
+        "prompt_id": st.sampled_from(["x", "y", 3, None]),
+        "fold": st.sampled_from(["train", "test", None]),
+        "created_at": st.sampled_from(["2024-05-01", 1e9, None]),
+    },
+)
+odd_values = st.sampled_from([None, "", " ", 3, 3.0, True, [], ["a", "b"], {}, "same", "x" * 1_000_001])
+odd_row = st.builds(
+    lambda row, name, value: row | {name: value}, plain_row, st.sampled_from([*vote(), "label", "fold"]), odd_values
+)
+plain_openai = st.builds(
+    lambda texts, choice, worker, info, more: {
+        "info": info,
+        "summaries": [{"text": f"one {texts[0]}"}, {"text": f"two {texts[1]}"}],
+        "choice": choice,
+        "worker": worker,
+        **more,
+    },
+    st.tuples(words, words),
+    st.sampled_from([0, 1]),
+    st.sampled_from(["a", "b"]),
+    st.fixed_dictionaries(
+        {"post": words}, optional={"id": st.sampled_from(["i", 7, None]), "title": words, "subreddit": words}
+    ),
+    st.fixed_dictionaries({}, optional={"extra": st.sampled_from([None, {}, {"confidence": 2}, {"confidence": 9}])}),
+)
+odd_openai = st.builds(
+    lambda row, change: row | change,
+    plain_openai,
+    st.sampled_from(
+        [
+            {"choice": True},
+            {"choice": -1},
+            {"choice": None},
+            {"worker": None},
+            {"worker": 4},
+            {"info": "post"},
+            {"info": {"post": " ", "id": []}},
+            {"info": {"title": "no text"}},
+            {"summaries": "ab"},
+            {"summaries": {"text": 1, "b": 2}},
+            {"summaries": [{"text": "a"}] * 3},
+            {"summaries": [{"text": "a"}, {"text": "a"}]},
+            {"summaries": [{"text": "a"}, {}]},
+            {"summaries": [{"text": "a"}, None]},
+            {"extra": {"confidence": 10}},
+        ]
+    ),
+)
+broken_lines = st.sampled_from(["", "{", "[1]", "3", '"text"', "null", '{"worker": "a"} {}'])
+
+
+@pytest.mark.parametrize(
+    ("plain", "odd", "reader", "options"),
+    [
+        (plain_row, odd_row, TableReader, {"columns": {"split": "fold"}}),
+        (plain_openai, odd_openai, OpenAIReader, {}),
+    ],
+    ids=["table", "openai"],
+)
+def test_by_columns_or_row_by_row_the_result_is_the_same(tmp_path, monkeypatch, plain, odd, reader, options):
+    monkeypatch.setattr("coterie.ingest.sources._BYTES", 800)  # some rows a block
+    monkeypatch.setattr("coterie.ingest.readers._PIECE", 2)
+    by_columns, row_by_row = reader._columns, reader._votes
+
+    def refuse(self, records):
+        raise Refused("taken for odd")
+
+    @settings(max_examples=80, deadline=None)
+    @given(
+        st.lists(plain, min_size=1, max_size=20),
+        st.lists(odd, min_size=1, max_size=4),
+        st.lists(broken_lines, max_size=1),
+        st.randoms(),
+    )
+    def compare(rows, others, lines, order):
+        if reader is TableReader:
+            rows = [vote(fold="train"), *rows]
+        taken = [*rows, *others, *lines]
+        order.shuffle(taken)
+        results = []
+        for columns in (by_columns, refuse):
+            monkeypatch.setattr(reader, "_columns", columns)
+            metrics, kept = run(tmp_path, write(tmp_path / "a.jsonl", [rows[0], *taken]), max_refused=1, **options)
+            results.append((metrics, kept, refused(tmp_path)))
+        assert results[0] == results[1]
+        monkeypatch.setattr(reader, "_columns", by_columns)
+        monkeypatch.setattr(reader, "_votes", refuse)
+        assert run(tmp_path, write(tmp_path / "a.jsonl", rows), **options)[0]["refused"] == 0  # not one row by row
+        monkeypatch.setattr(reader, "_votes", row_by_row)
+
+    compare()
 
 
 # ----------------------------------------------------------------------------------------------------- real annotators

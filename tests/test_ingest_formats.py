@@ -68,10 +68,13 @@ def test_openai(tmp_path):
     ]
 
 
-def test_openai_refusals(tmp_path):
+@pytest.mark.parametrize("size", [1, 1 << 20], ids=["a block a row", "one block"])
+def test_openai_refusals(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("coterie.ingest.sources._BYTES", size)
     bad = [
         openai_row(choice=2),
         openai_row(choice=True),
+        openai_row(choice=-1),
         openai_row(summaries=[{"text": "one"}]),
         openai_row(info={"id": "x", "title": "no text"}),
         openai_row(info="x"),
@@ -136,6 +139,13 @@ def test_trl(tmp_path, row, expected, kind):
     metrics, out = run(tmp_path, source)
     assert format_of(metrics) == "trl"
     assert brief(out) == [("ann", *expected)]
+
+
+def test_an_unnamed_column_is_no_prompt(tmp_path):
+    path = tmp_path / "a.csv"  # as a data frame writes its index
+    path.write_text(",annotator,chosen,rejected\n0,ann,The sky is blue.,The sky is black.\n")
+    _, out = run(tmp_path, str(path))
+    assert brief(out) == [("ann", "The sky is", "blue.", "black.")]
 
 
 def test_trl_without_a_common_beginning_is_refused(tmp_path):

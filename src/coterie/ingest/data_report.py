@@ -9,77 +9,57 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from coterie.contracts import SPLITS
-from coterie.ingest.identifiers import first_64_bits, from_hex
+from coterie.ingest.duplicates import Flags
+from coterie.ingest.identifiers import Digests, Numbers, first_64_bits
+from coterie.ingest.splits import Hashes
+
+Counts = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 _QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 _ALIKE = 20  # comparisons from which on "always the same side" is worth a word
 
 
 class DataReport:
-    """Gathers the report from the tables as they are written; keeps about 20 bytes a row."""
+    """Gathers the report while the comparisons are written; keeps about 20 bytes a row."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, int] = {}
-        self._rows: list[tuple[np.ndarray[Any, Any], ...]] = []  # pair, side, worker, strict
-        self._counts = np.zeros((0, 3), dtype=np.int64)  # a worker's comparisons, positions known, first one chosen
-        self._splits = np.zeros(len(SPLITS), dtype=np.int64)
-        self._ties = self._confident = self._ranked = 0
+        # Of each row: worker, pair, side of the pair, no tie, position known, first one chosen.
+        self._rows: list[tuple[np.ndarray[Any, Any], ...]] = []
+        self._confident = self._ranked = 0
         self._length = np.zeros(2, dtype=np.int64)  # different lengths, the longer one chosen
         self._characters = np.zeros(2, dtype=np.int64)  # of the chosen, of the rejected
 
-    def update(self, table: pa.Table) -> None:
-        """Add rows of a COMPARISON table."""
-        workers = self._codes(table["worker_id"])
-        strict = table["label"].to_numpy() == 1
-        chosen, rejected = (first_64_bits(from_hex(table[name])) for name in ("chosen_id", "rejected_id"))
-        self._rows.append((first_64_bits(from_hex(table["pair_id"])), chosen < rejected, workers, strict))
-
-        shown = table["shown_first"]
-        known = pc.is_valid(shown).to_numpy() & strict
-        first = pc.fill_null(pc.equal(shown, "chosen"), False).to_numpy() & known
-        size = len(self._workers)
-        self._counts = np.vstack([self._counts, np.zeros((size - len(self._counts), 3), dtype=np.int64)])
-        for column, rows in enumerate((workers, workers[known], workers[first])):
-            self._counts[:, column] += np.bincount(rows, minlength=size)
-
-        long, short = (pc.utf8_length(table[name]).to_numpy() for name in ("chosen", "rejected"))
+    def update(self, rows: pa.RecordBatch, workers: Numbers, chosen: Digests, rejected: Digests) -> None:
+        """Add rows of a COMPARISON table, with the number of each one's worker and the digests of chosen_id and rejected_id."""
+        strict, shown = rows["label"].to_numpy() == 1, rows["shown_first"]
+        known = pc.is_valid(shown).to_numpy(zero_copy_only=False) & strict
+        first = pc.fill_null(pc.equal(shown, "chosen"), False).to_numpy(zero_copy_only=False) & known
+        pair, side = first_64_bits(chosen ^ rejected), first_64_bits(chosen) < first_64_bits(rejected)
+        self._rows.append((workers, pair, side, strict, known, first))
+        long, short = (pc.utf8_length(rows[name]).to_numpy() for name in ("chosen", "rejected"))
         self._characters += (int(long.sum()), int(short.sum()))
         self._length += (int((strict & (long != short)).sum()), int((strict & (long > short)).sum()))
-        split = table["split"].combine_chunks()
-        split = split.chunk(0) if isinstance(split, pa.ChunkedArray) else split
-        self._splits += np.bincount(split.indices.to_numpy(), minlength=len(SPLITS))
-        self._ties += int((~strict).sum())
-        self._confident += len(table) - table["confidence"].null_count
-        self._ranked += len(table) - table["ranking_id"].null_count
+        self._confident += len(rows) - rows["confidence"].null_count
+        self._ranked += len(rows) - rows["ranking_id"].null_count
 
-    def _codes(self, column: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int32]]:
-        encoded = column.combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.chunk(0)
-        known = self._workers
-        codes = [known.setdefault(worker, len(known)) for worker in encoded.dictionary.to_pylist()]
-        rows: np.ndarray[Any, np.dtype[np.int32]] = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
-        return rows
-
-    def result(self, prompts: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """The report; `prompts` is the number of prompts in each split."""
-        per_worker = self._counts[:, 0]
-        rows = int(per_worker.sum())
-        different, longer = map(int, self._length)
-        positions, first = (int(self._counts[:, column].sum()) for column in (1, 2))
-        agreement = self._agreement()
-        alike = (self._counts[:, 1] >= _ALIKE) & np.isin(self._counts[:, 2], (0,))
-        alike |= (self._counts[:, 1] >= _ALIKE) & (self._counts[:, 2] == self._counts[:, 1])
+    def result(self, prompts: Counts, comparisons: Counts) -> dict[str, Any]:
+        """The report; `prompts` and `comparisons` are their numbers in each split."""
+        workers, pair, side, strict, known, first = (np.concatenate(column) for column in zip(*self._rows, strict=True))
+        del self._rows
+        rows, per_worker = len(workers), np.bincount(workers)
+        shown, shown_chosen = (np.bincount(workers[some], minlength=len(per_worker)) for some in (known, first))
+        alike = (shown >= _ALIKE) & ((shown_chosen == 0) | (shown_chosen == shown))
+        positions, different, longer = int(shown.sum()), *map(int, self._length)
         report = {
             "comparisons": rows,
             "workers": len(per_worker),
             "prompts": int(prompts.sum()),
-            "ties": self._ties,
+            "ties": rows - int(strict.sum()),
             "with_confidence": self._confident,
             "from_rankings": self._ranked,
             "comparisons_per_worker": {name: float(np.quantile(per_worker, at)) for name, at in _QUANTILES.items()}
             | {"mean": rows / len(per_worker)},
-            "agreement": agreement,
+            "agreement": _agreement(pair[strict], side[strict], workers[strict]),
             "length_bias": {
                 "comparisons": different,
                 "longer_chosen": longer / different if different else None,
@@ -88,53 +68,54 @@ class DataReport:
             },
             "position_bias": {
                 "comparisons": positions,
-                "first_chosen": first / positions if positions else None,
+                "first_chosen": int(shown_chosen.sum()) / positions if positions else None,
             },
             "workers_always_one_side": int(alike.sum()),
             "splits": {
                 name: {"comparisons": int(number), "prompts": int(prompts[at])}
-                for at, (name, number) in enumerate(zip(SPLITS, self._splits, strict=True))
+                for at, (name, number) in enumerate(zip(SPLITS, comparisons, strict=True))
             },
         }
         return report | {"warnings": _warnings(report)}
 
-    def _agreement(self) -> dict[str, Any]:
-        """How often two workers who voted on one pair chose the same response; ties left out.
 
-        A pair with a votes one way and b the other holds C(a, 2) + C(b, 2) agreeing couples of C(a + b, 2),
-        from which the couples are taken off that one worker makes with himself: each contradiction is one.
-        """
-        pair, side, worker, strict = (np.concatenate(column) for column in zip(*self._rows, strict=True))
-        self._rows = []
-        pair, side, worker = pair[strict], side[strict], worker[strict]
-        order = np.lexsort((worker, pair))
-        pair, side, worker = pair[order], side[order], worker[order]
-        start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]][: len(pair)])
-        # Duplicates are gone, so two votes of one worker on one pair are one each way.
-        contradicts = (pair[1:] == pair[:-1]) & (worker[1:] == worker[:-1])
-        contradictions = int(contradicts.sum())
-        votes = np.diff(np.r_[start, len(pair)])
-        one = np.add.reduceat(side.astype(np.int64), start) if len(start) else votes
-        other = votes - one
-        agreeing = int((one * (one - 1) // 2 + other * (other - 1) // 2).sum())
-        couples = int((votes * (votes - 1) // 2).sum()) - contradictions
-        return {
-            "pairs": len(start),
-            "shared_pairs": int((votes > 1).sum()),
-            "couples": couples,
-            "rate": agreeing / couples if couples else None,
-            "contradictions": contradictions,
-        }
+def _agreement(pair: Hashes, side: Flags, worker: Numbers) -> dict[str, Any]:
+    """How often two workers who voted on one pair chose the same response; ties are left out before.
+
+    A pair with a votes one way and b the other holds C(a, 2) + C(b, 2) agreeing couples of C(a + b, 2),
+    from which the couples are taken off that one worker makes with himself: each contradiction is one.
+    """
+    order = np.argsort(pair)
+    same = pair[order[1:]] == pair[order[:-1]]
+    pairs, shared = len(pair) - int(same.sum()), np.zeros(len(pair), dtype=bool)
+    shared[1:] = same
+    shared[:-1] |= same
+    rows = order[shared]
+    rows = rows[np.lexsort((worker[rows], pair[rows]))]
+    pair, side, worker = pair[rows], side[rows], worker[rows]
+    start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]][: len(pair)])
+    # Duplicates are gone, so two votes of one worker on one pair are one each way.
+    contradicts = (pair[1:] == pair[:-1]) & (worker[1:] == worker[:-1])
+    contradictions = int(contradicts.sum())
+    votes = np.diff(np.r_[start, len(pair)])
+    one = np.add.reduceat(side.astype(np.int64), start) if len(start) else votes
+    other = votes - one
+    agreeing = int((one * (one - 1) // 2 + other * (other - 1) // 2).sum())
+    couples = int((votes * (votes - 1) // 2).sum()) - contradictions
+    return {
+        "pairs": pairs,
+        "shared_pairs": len(start),
+        "couples": couples,
+        "rate": agreeing / couples if couples else None,
+        "contradictions": contradictions,
+    }
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:
     per_worker, workers = report["comparisons_per_worker"], report["workers"]
     found = []
     if report["prompts"] < 3:
-        found.append(
-            f"only {report['prompts']} prompts: nothing is held out, so no quality can be measured; bring at "
-            "least three"
-        )
+        found.append("fewer than three prompts: nothing is held out, so no quality can be measured; bring more")
     if workers == 1:
         found.append("one worker: there is nobody to differ from, so one reward is all that can be learned")
     elif per_worker["max"] == 1:
@@ -143,8 +124,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         found.append(f"half of the workers have at most {per_worker['median']:g} comparisons: their tastes stay vague")
     if report["workers_always_one_side"]:
         found.append(
-            f"{report['workers_always_one_side']} workers with {_ALIKE} comparisons or more always chose the "
-            "one shown first, or always the other: probably they did not read"
+            f"workers with {_ALIKE} comparisons or more who always chose the one shown first, or always the other: "
+            f"{report['workers_always_one_side']}; probably they did not read"
         )
     if report["ties"] == report["comparisons"]:
         found.append("every comparison is a tie: nothing can be learned")

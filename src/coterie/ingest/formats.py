@@ -22,7 +22,10 @@ def reader_for(source: Source, wanted: Format, columns: dict[str, str], name_wor
     records = [record for record in sample if isinstance(record, dict)]
     if not records:
         reason = getattr(sample[0], "reason", "not a JSON object")
-        raise BadData(f"{source.name}: none of the first {len(sample)} rows can be read; row 1: {reason}.")
+        raise BadData(
+            f"{source.name}: none of the first {len(sample)} rows can be read; row 1: {reason}. Give one JSON object a "
+            "line, CSV or Parquet; text in UTF-8."
+        )
     found = {name for record in records for name in record}
     name = _recognise(found, source) if wanted == "auto" and not columns else wanted
     if name in ("openai", "prism"):

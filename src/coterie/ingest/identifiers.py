@@ -14,7 +14,7 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -25,6 +25,7 @@ from coterie.contracts import content_id
 
 SIZE = 16  # bytes of an id
 Digests = np.ndarray[Any, np.dtype[np.uint8]]  # [rows, 16]
+Numbers = np.ndarray[Any, np.dtype[np.int32]]  # [rows]
 
 
 def pair_id(chosen_id: str, rejected_id: str) -> str:
@@ -35,39 +36,57 @@ def pair_id(chosen_id: str, rejected_id: str) -> str:
 def comparison_id(worker_id: str, chosen_id: str, rejected_id: str, label: float) -> str:
     """The id of one vote; `worker_id` is the pseudonym."""
     chosen, rejected = (np.frombuffer(bytes.fromhex(text), np.uint8)[None] for text in (chosen_id, rejected_id))
-    return combine_votes([worker_id], [label], chosen, rejected).tobytes().hex()
+    voters = Voters()
+    return voters.combine(voters.numbers([worker_id]), np.array([label]), chosen, rejected).tobytes().hex()
 
 
-def combine_votes(workers: Sequence[str], labels: Sequence[float], chosen: Digests, rejected: Digests) -> Digests:
-    """Digests of `comparison_id`, one a row."""
-    whose: dict[tuple[str, float], int] = {}
-    rows = [whose.setdefault(pair, len(whose)) for pair in zip(workers, labels, strict=True)]
-    known = b"".join([bytes.fromhex(content_id(worker, f"{label:.1f}")) for worker, label in whose])
-    votes = _halves(np.frombuffer(known, np.uint8).reshape(-1, SIZE))[rows]
-    combined: Digests = (votes + np.uint64(3) * _halves(chosen) + np.uint64(5) * _halves(rejected)).view(np.uint8)
-    return combined
+class Voters(dict[str, int]):
+    """Numbers workers in the order in which they come, and makes the ids of their votes."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()  # of content_id(worker_id, label), label 1 and label .5
+
+    def __missing__(self, worker: str) -> int:
+        number = self[worker] = len(self)
+        self._digests += bytes.fromhex(content_id(worker, "1.0") + content_id(worker, "0.5"))
+        return number
+
+    def numbers(self, workers: Sequence[str]) -> Numbers:
+        """The number of each worker."""
+        return np.fromiter(map(self.__getitem__, workers), np.int32, len(workers))
+
+    def combine(self, workers: Numbers, labels: np.ndarray[Any, Any], chosen: Digests, rejected: Digests) -> Digests:
+        """Digests of `comparison_id`, one a row; `workers` are numbers, `labels` 1 or .5."""
+        known = np.frombuffer(self._digests, "<u8").reshape(-1, 2, 2)
+        votes = known[workers, np.where(labels == 1, 0, 1)]
+        combined: Digests = (votes + np.uint64(3) * _halves(chosen) + np.uint64(5) * _halves(rejected)).view(np.uint8)
+        return combined
 
 
-def hash_texts(texts: Iterable[tuple[str, str, str]]) -> tuple[Digests, Digests, Digests]:
-    """Digests of content_id(prompt), content_id(prompt, chosen), content_id(prompt, rejected) of each.
+def hash_texts(
+    prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
+) -> tuple[Digests, Digests, Digests]:
+    """Digests of content_id(prompt), content_id(prompt, chosen), content_id(prompt, rejected) of each row.
 
-    A prompt is hashed once for its three ids, and once for all its triples where these follow each other.
+    A prompt is hashed once for its three ids, and once for all its rows where these follow each other.
     """
     digests: list[bytes] = []
-    add = digests.append
-    last, prompt_digest, prompt_state = None, b"", blake2b(digest_size=SIZE)
-    for prompt, chosen, rejected in texts:
+    last, prompt_digest, state = None, b"", blake2b(digest_size=SIZE)
+    for prompt, yes, no in zip(prompts, chosen, rejected, strict=True):
         if prompt != last:
-            raw = prompt.encode()
-            prompt_state = blake2b(len(raw).to_bytes(8, "little") + raw, digest_size=SIZE)
-            last, prompt_digest = prompt, prompt_state.digest()
-        add(prompt_digest)
-        for response in (chosen, rejected):
-            raw, state = response.encode(), prompt_state.copy()
-            state.update(len(raw).to_bytes(8, "little") + raw)
-            add(state.digest())
+            state = blake2b(_framed(prompt), digest_size=SIZE)
+            last, prompt_digest = prompt, state.digest()
+        first, second = state.copy(), state.copy()
+        first.update(_framed(yes))
+        second.update(_framed(no))
+        digests += prompt_digest, first.digest(), second.digest()
     parts = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 3, SIZE)
     return parts[:, 0], parts[:, 1], parts[:, 2]
+
+
+def _framed(text: str) -> bytes:
+    raw = text.encode()
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _halves(digests: Digests) -> np.ndarray[Any, np.dtype[np.uint64]]:
@@ -84,13 +103,3 @@ def hex_column(digests: Digests) -> pa.StringArray:
 def first_64_bits(digests: Digests) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """The first half of each digest: any two of n rows collide with odds n^2 / 2^65, 3e-6 for 10^7 rows."""
     return _halves(digests)[:, 0]
-
-
-def from_hex(column: pa.ChunkedArray) -> Digests:
-    """The digests of a column of 32-digit hex ids."""
-    texts = column.combine_chunks()
-    texts = pa.concat_arrays(texts.chunks) if isinstance(texts, pa.ChunkedArray) else texts
-    first, last = np.frombuffer(texts.buffers()[1], dtype=np.int32)[[texts.offset, texts.offset + len(texts)]]
-    return np.frombuffer(bytes.fromhex(texts.buffers()[2][first:last].to_pybytes().decode()), np.uint8).reshape(
-        -1, SIZE
-    )

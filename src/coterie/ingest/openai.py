@@ -12,11 +12,12 @@ from 5 says how sure the worker was: |confidence - 5| / 4.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from coterie.ingest.readers import Naming, each
-from coterie.ingest.sources import Rows
-from coterie.ingest.validation import Refusal, Refused, Vote, check_identifier, check_pair
+from coterie.ingest.sources import Blocks
+from coterie.ingest.validation import Refusal, Refused, Vote, Votes, check_identifier, check_pair, check_pairs
 
 REQUIRED = frozenset({"info", "summaries", "choice", "worker"})
 
@@ -30,9 +31,32 @@ class OpenAIReader:
     def __init__(self, name_worker: Naming) -> None:
         self._name_worker = name_worker
 
-    def read(self, rows: Rows) -> Iterator[Vote | Refusal]:
+    def read(self, blocks: Blocks) -> Iterator[Votes | Refusal]:
         """Yield one vote or one refusal a row."""
-        return each(rows, self._votes)
+        return each(blocks, self._columns, self._votes)
+
+    def _columns(self, records: list[dict[str, Any]]) -> Votes:
+        infos, summaries, choices, workers = (
+            list(map(itemgetter(name), records)) for name in ("info", "summaries", "choice", "worker")
+        )
+        if set(map(type, infos)) != {dict} or set(map(type, choices)) != {int}:
+            raise Refused("a row is not plain")
+        texts = [(first["text"], second["text"]) for first, second in summaries]
+        # A choice that is neither 0 nor 1 is an IndexError in one of the two.
+        chosen = [pair[choice] for pair, choice in zip(texts, choices, strict=True)]
+        rejected = [pair[1 - choice] for pair, choice in zip(texts, choices, strict=True)]
+        prompts = list(map(_prompt, infos))
+        check_pairs(prompts, chosen, rejected)
+        return Votes(
+            self._name_worker.column(workers),
+            prompts,
+            chosen,
+            rejected,
+            [1.0] * len(records),
+            prompt_id=[check_identifier(info.get("id"), "info.id") for info in infos],
+            shown_first=["rejected" if choice else "chosen" for choice in choices],
+            confidence=[_confidence(record.get("extra")) for record in records],
+        )
 
     def _votes(self, record: dict[str, Any]) -> list[Vote]:
         info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")

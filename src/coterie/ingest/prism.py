@@ -11,18 +11,19 @@ published.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from coterie.contracts import content_id
 from coterie.ingest.conversations import transcript
-from coterie.ingest.readers import Naming
-from coterie.ingest.sources import Rows
+from coterie.ingest.readers import Naming, in_columns
+from coterie.ingest.sources import Blocks
 from coterie.ingest.validation import (
     Refusal,
     Refused,
     Unreadable,
     Vote,
+    Votes,
     check_identifier,
     check_text,
     check_unicode,
@@ -53,10 +54,11 @@ class PrismReader:
         self._history: list[tuple[str, str]] = []
         self._seen: set[bytes] = set()  # digests of turns, to refuse one whose rows are scattered
 
-    def read(self, rows: Rows) -> Iterator[Vote | Refusal]:
-        """Yield the votes of each turn; a bad response is refused alone, a turn without a choice whole."""
-        for turn, members in groupby(rows, key=lambda row: _turn(row[1])):
-            yield from self._turn(turn, list(members))
+    def read(self, blocks: Blocks) -> Iterator[Votes | Refusal]:
+        """Yield the votes of the turns; a bad response is refused alone, a turn without a choice whole."""
+        rows = chain.from_iterable(zip(*block, strict=True) for block in blocks)
+        turns = groupby(rows, key=lambda row: _turn(row[1]))
+        return in_columns(chain.from_iterable(self._turn(turn, list(members)) for turn, members in turns))
 
     def _turn(self, turn: str | None, members: list[tuple[int, Any]]) -> Iterator[Vote | Refusal]:
         usable: list[tuple[int, dict[str, Any], bool]] = []

@@ -19,6 +19,7 @@ from coterie.errors import BadConfiguration
 KEY_VARIABLE, KEY_FILE_VARIABLE = "COTERIE_PSEUDONYM_KEY", "COTERIE_PSEUDONYM_KEY_FILE"
 MINIMUM_KEY_BYTES = 16
 PREFIX, HEX_DIGITS = "w_", 32
+KEY_METADATA = "key_fingerprint"  # of comparisons.parquet; empty: the worker ids are as they came
 
 _REMEDY = (
     f"Make one with `export {KEY_VARIABLE}=$(openssl rand -hex 32)` and keep it with your secrets: "

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from coterie.errors import BadConfiguration
-from coterie.ingest.sources import Source
+from coterie.ingest.sources import Source, in_blocks
 
 SCHEME = "simulated://"
 
@@ -27,4 +27,4 @@ def open_simulated(url: str) -> tuple[Source, dict[str, Any]]:
     if "setting" in options:
         raise BadConfiguration(f"{url}: the setting stands before the question mark. Remove setting= after it.")
     rows, truth = simulate(SimulationSettings.of(setting=parts.netloc, **options))
-    return Source(url, enumerate(rows, start=1)), truth
+    return Source(url, in_blocks(enumerate(rows, start=1))), truth

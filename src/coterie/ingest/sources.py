@@ -4,7 +4,7 @@ memory.
 Local paths and globs, and every URL that fsspec opens (s3://, https://, gs:// with its package ...); files
 gzipped or not, told by their first bytes. `hf://owner/name?config=..&split=..&revision=..` is read with
 `datasets`, streaming; `hf://datasets/owner/name/path/to/file` is one file of a hub repository, through
-fsspec.
+fsspec. sqlite:// and postgresql:// URLs are the platform's feedback databases.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import csv
 import glob
 import gzip
 import io
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import fsspec
@@ -27,11 +29,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coterie.contracts import batched
 from coterie.errors import BackendUnavailable, BadData, CoterieError
+from coterie.ingest.pseudonyms import KEY_METADATA
 from coterie.ingest.validation import MAX_TEXT, Unreadable
 
-Rows = Iterator[tuple[int, Any]]  # line or row number from 1; a record, or Unreadable
-
+ROWS, _BYTES = 256, 1 << 20  # of a block: rows of what comes row by row, or lines of at least so many bytes
 _BUFFER = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BREAKS = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError, UnicodeDecodeError)
@@ -45,44 +48,56 @@ _SUFFIXES = {
 }
 
 
+class Block(NamedTuple):
+    """Consecutive rows of a source."""
+
+    lines: Sequence[int]  # line or row numbers from 1
+    records: list[Any]  # a record each, or Unreadable
+
+
+Blocks = Iterator[Block]
+
+
 @dataclass
 class Source:
-    """One file or data set. `rows` can be walked through once; `count` says how many came out so far."""
+    """One file or data set. `blocks` can be walked through once; `count` says how many rows came out so far."""
 
     name: str
-    rows: Rows
+    blocks: Blocks
     metadata: dict[str, str] = field(default_factory=dict)  # a Parquet file's own
     count: int = 0
 
     def __post_init__(self) -> None:
-        self.rows = self._guarded(self.rows)
+        self.blocks = self._guarded(self.blocks)
 
-    def _guarded(self, rows: Rows) -> Rows:
+    def _guarded(self, blocks: Blocks) -> Blocks:
         """Count the rows; make a break in the middle of the file an error that says where."""
         line = 0
         try:
-            for row in rows:
-                self.count += 1
-                yield row
-                line = row[0]
+            for block in blocks:
+                if block.records:
+                    self.count += len(block.records)
+                    yield block
+                    line = block.lines[-1]
         except _BREAKS as error:
             raise _broken(self.name, line, error) from error
 
     def look(self, rows: int = 100) -> list[Any]:
-        """The first records, which stay in `rows`."""
-        taken, source = [], self.rows
-        for _ in range(rows):
-            row = next(source, None)
-            if row is None:
-                break
-            taken.append(row)
+        """The first records, which stay in `blocks`."""
+        taken: list[Block] = []
+        records: list[Any] = []
+        while len(records) < rows and (block := next(self.blocks, None)):
+            taken.append(block)
+            records += block.records
+        self.blocks = chain(taken, self.blocks)
+        return records[:rows]
 
-        def again() -> Rows:
-            yield from taken
-            yield from source
 
-        self.rows = again()
-        return [record for _, record in taken]
+def in_blocks(rows: Iterable[tuple[int, Any]]) -> Blocks:
+    """Blocks of rows that come one by one, as (number, record)."""
+    for batch in batched(rows, ROWS):
+        lines, records = zip(*batch, strict=True)
+        yield Block(lines, list(records))
 
 
 def open_sources(patterns: list[str]) -> Iterator[Source]:
@@ -100,6 +115,8 @@ def open_sources(patterns: list[str]) -> Iterator[Source]:
     for name in dict.fromkeys(names):
         if _is_dataset(name):
             yield from _open_dataset(name)
+        elif _is_database(name):
+            yield _open_database(name)
         else:
             yield _open_file(name)
 
@@ -107,7 +124,7 @@ def open_sources(patterns: list[str]) -> Iterator[Source]:
 # ------------------------------------------------------------------------------------------------------ files
 def _expand(pattern: str) -> list[str]:
     """The names of the files that a pattern means."""
-    if _is_dataset(pattern):
+    if _is_dataset(pattern) or _is_database(pattern):
         return [pattern]
     if "://" not in pattern:
         path = str(Path(pattern).expanduser())
@@ -138,7 +155,7 @@ def _remote(name: str) -> Iterator[None]:
     except ImportError as error:
         raise BadData(f"{name}: {error}. Install coterie[sources].") from error
     except ValueError as error:  # fsspec: protocol not known
-        raise BadData(f"{name}: cannot be opened: {error}") from error
+        raise BadData(f"{name}: cannot be opened: {error}. Check the address.") from error
     except (OSError, TimeoutError) as error:
         raise BackendUnavailable(f"{name}: {error}. Check that the store can be reached, and try again.") from error
     except Exception as error:
@@ -161,6 +178,8 @@ def _open_file(name: str) -> Source:
         raise BadData(f"{name}: the file is empty. Give a file with rows.")
     if start == b"PAR1":
         return _open_parquet(name, raw)
+    if start == b"SQLi":
+        raise BadData(f"{name}: a SQLite database. If it is a feedback database, give it as sqlite:///{name}.")
     zipped = start.startswith(b"\x1f\x8b")
     handle: io.BufferedReader[Any] = io.BufferedReader(_Unzipped(raw) if zipped else raw, _BUFFER)
     try:
@@ -168,7 +187,7 @@ def _open_file(name: str) -> Source:
     except (EOFError, OSError, zlib.error) as error:
         raise _broken(name, 0, error) from error
     kind = _kind(name, start)
-    return Source(name, (_lines if kind == "line JSON" else _cells)(handle, name))
+    return Source(name, _lines(handle) if kind == "line JSON" else in_blocks(_cells(handle, name)))
 
 
 class _Unzipped(io.RawIOBase):
@@ -223,22 +242,41 @@ def _broken(name: str, line: int, error: Exception) -> CoterieError:
     return BadData(f"{name}: cannot be read after line {line:,} ({error}). Copy or download the file again.")
 
 
-def _lines(handle: io.BufferedReader[Any], name: str) -> Rows:
-    loads, broken = orjson.loads, orjson.JSONDecodeError
+def _lines(handle: io.BufferedReader[Any]) -> Blocks:
     with handle:
         if handle.peek(3).startswith(_BYTE_ORDER_MARK):
             handle.read(3)
-        for line, text in enumerate(handle, start=1):
-            try:
-                record = loads(text)
-            except broken as error:
-                if text.strip():
-                    yield line, Unreadable(f"not JSON ({error.msg})")
-            else:
-                yield line, record
+        first, texts, size = 1, [], 0
+        try:
+            for text in handle:
+                texts.append(text)
+                size += len(text)
+                if size >= _BYTES:
+                    yield _parsed(first, texts)
+                    first, texts, size = first + len(texts), [], 0
+        except _BREAKS:
+            yield _parsed(first, texts)
+            raise
+        yield _parsed(first, texts)
 
 
-def _cells(handle: io.BufferedReader[Any], name: str) -> Rows:
+def _parsed(first: int, texts: list[bytes]) -> Block:
+    """The block of JSON lines that begins at line `first`; blank lines are no rows."""
+    try:
+        return Block(range(first, first + len(texts)), list(map(orjson.loads, texts)))
+    except orjson.JSONDecodeError:
+        pass
+    rows: list[tuple[int, Any]] = []
+    for line, text in enumerate(texts, first):
+        try:
+            rows.append((line, orjson.loads(text)))
+        except orjson.JSONDecodeError as error:
+            if text.strip():
+                rows.append((line, Unreadable(f"not JSON ({error.msg})")))
+    return Block([line for line, _ in rows], [record for _, record in rows])
+
+
+def _cells(handle: io.BufferedReader[Any], name: str) -> Iterator[tuple[int, Any]]:
     """The rows of a CSV file; bytes that are not UTF-8 become lone surrogates, which validation refuses."""
     csv.field_size_limit(min(sys.maxsize, 16 * MAX_TEXT))
     with io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
@@ -273,14 +311,25 @@ def _open_parquet(name: str, raw: IO[bytes]) -> Source:
     if not file.metadata.num_rows:
         raise BadData(f"{name}: a Parquet file without rows. Give a file with rows.")
 
-    def rows() -> Rows:
-        row = 0
-        for batch in file.iter_batches(batch_size=4096):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
+    def blocks() -> Blocks:
+        first = 1
+        for batch in file.iter_batches(batch_size=ROWS):
+            yield Block(range(first, first + len(batch)), batch.to_pylist())
+            first += len(batch)
 
-    return Source(name, rows(), metadata)
+    return Source(name, blocks(), metadata)
+
+
+# -------------------------------------------------------------------------------------------- feedback database
+def _is_database(name: str) -> bool:
+    return re.match(r"(sqlite|postgresql)(\+\w+)?://", name) is not None
+
+
+def _open_database(name: str) -> Source:
+    with _remote(name):
+        from coterie import feedback
+    metadata = {"coterie.table": "comparison", KEY_METADATA: feedback.key_fingerprint(name)}
+    return Source(name, in_blocks(enumerate(feedback.votes(name), start=1)), metadata)
 
 
 # -------------------------------------------------------------------------------------------------------- hub
@@ -316,4 +365,4 @@ def _open_dataset(name: str) -> Iterator[Source]:
     parts = loaded if isinstance(loaded, dict) else {options.get("split", ""): loaded}
     for split, rows in parts.items():
         label = name if "split" in options else f"{name}{'&' if query else '?'}split={split}"
-        yield Source(label, enumerate(rows, start=1))
+        yield Source(label, in_blocks(enumerate(rows, start=1)))

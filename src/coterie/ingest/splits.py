@@ -43,14 +43,21 @@ def assign_splits(prompts: Hashes, validation_share: float, test_share: float) -
     codes = np.full(number, _TRAIN, dtype=np.int8)
     if number < 3:
         return codes
-    if number < FEW_PROMPTS:
-        test = min(max(1, round(test_share * number)), number - 2)
-        held_out = test + min(max(1, round(validation_share * number)), number - 1 - test)
-    else:
-        bounds = np.array([test_share, test_share + validation_share]) * 2.0**64
-        test, held_out = np.searchsorted(prompts.astype(np.float64), bounds)
+    if number >= FEW_PROMPTS:
+        return by_hash(prompts, validation_share, test_share)
+    test = min(max(1, round(test_share * number)), number - 2)
+    held_out = test + min(max(1, round(validation_share * number)), number - 1 - test)
     codes[:held_out] = _VALIDATION
     codes[:test] = _TEST
+    return codes
+
+
+def by_hash(prompts: Hashes, validation_share: float, test_share: float) -> Codes:
+    """The split of each prompt where there are many: by its hash alone."""
+    test, held_out = np.array([test_share, test_share + validation_share]) * 2.0**64
+    codes = np.full(len(prompts), _TRAIN, dtype=np.int8)
+    codes[prompts < held_out] = _VALIDATION
+    codes[prompts < test] = _TEST
     return codes
 
 

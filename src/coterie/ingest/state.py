@@ -8,11 +8,12 @@ from pathlib import Path
 import fsspec
 
 from coterie.ingest.simulated import SCHEME
-from coterie.ingest.sources import _expand, _is_dataset, _remote
+from coterie.ingest.sources import _expand, _is_database, _is_dataset, _remote
 
 
 def source_state(patterns: list[str]) -> dict[str, str]:
-    """Every source and the state of its content: SHA-256 of a local file, an object's version tag, a simulation's name.
+    """Every source and the state of its content: SHA-256 of a local file, an object's version tag, a simulation's name,
+    a feedback database's votes.
 
     A data set of the hub is known by its address: name a revision in it (`?revision=`) where it may change.
 
@@ -24,12 +25,17 @@ def source_state(patterns: list[str]) -> dict[str, str]:
         if pattern.startswith(SCHEME) or _is_dataset(pattern):
             state[pattern] = "by name"
             continue
+        if _is_database(pattern):
+            with _remote(pattern):
+                from coterie import feedback
+            state[pattern] = feedback.state(pattern)
+            continue
         for name in _expand(pattern):
-            if "://" in name:
-                with _remote(name):
+            with _remote(name):
+                if "://" in name:
                     system, path = fsspec.core.url_to_fs(name)
                     state[name] = str(system.ukey(path))
-            else:
-                with Path(name).open("rb") as file:
-                    state[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                else:
+                    with Path(name).open("rb") as file:
+                        state[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return state

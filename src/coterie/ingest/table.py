@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -19,16 +20,18 @@ from coterie.contracts import content_id
 from coterie.errors import BadConfiguration, BadData
 from coterie.ingest.conversations import as_texts
 from coterie.ingest.readers import WORKER_COLUMNS, Naming, each
-from coterie.ingest.sources import Rows
+from coterie.ingest.sources import Blocks
 from coterie.ingest.validation import (
     MAX_RANKING,
     Refusal,
     Refused,
     Vote,
+    Votes,
     check_confidence,
     check_identifier,
     check_label,
     check_pair,
+    check_pairs,
     check_shown_first,
     check_split,
     check_time,
@@ -123,18 +126,40 @@ class TableReader:
         self.worker_column = columns["worker_id"]
         self.columns = tuple(dict.fromkeys(columns.values()))
         self._name_worker = name_worker
-        self._prompt, self._chosen = columns.get("prompt", ""), columns.get("chosen", "")
-        self._rejected, self._ranking = columns.get("rejected", ""), columns.get("ranking", "")
-        self._label = columns.get("label", "")
+        self._prompt, self._chosen, self._rejected, self._ranking, self._label = (
+            columns.get(name) for name in ("prompt", "chosen", "rejected", "ranking", "label")
+        )
         optional = [(columns.get(ours), check) for ours, check in _OPTIONAL.items()]
         self._optional = optional if any(name for name, _ in optional) else []
-        self._plain = not (self._label or self._ranking or self._optional)
 
-    def read(self, rows: Rows) -> Iterator[Vote | Refusal]:
+    def read(self, blocks: Blocks) -> Iterator[Votes | Refusal]:
         """Yield the votes of each row (one, or the pairs of a ranking), or a refusal."""
-        return each(rows, self._votes)
+        return each(blocks, self._columns, self._votes)
 
-    def _votes(self, record: dict[str, Any]) -> list[Vote]:
+    def _columns(self, records: list[dict[Any, Any]]) -> Votes:
+        if self._ranking:
+            raise Refused("a ranking is not plain")
+        workers, prompts, chosen, rejected = (
+            list(map(itemgetter(name), records))
+            for name in (self.worker_column, self._prompt, self._chosen, self._rejected)
+        )
+        check_pairs(prompts, chosen, rejected)
+        details: list[Any] = [
+            [check(record.get(name)) for record in records] if name else None for name, check in self._optional
+        ]
+        names, labels = self._name_worker.column(workers), [1.0] * len(records)
+        if self._label:
+            labels = [check_label(record.get(self._label, 1)) for record in records]
+            votes = list(zip(chosen, rejected, labels, strict=True))
+            chosen = [no if label == 0 else yes for yes, no, label in votes]
+            rejected = [yes if label == 0 else no for yes, no, label in votes]
+            if details and details[2]:
+                shown = zip(details[2], labels, strict=True)
+                details[2] = [_OTHER_SIDE[side] if label == 0 else side for side, label in shown]
+            labels = [label or 1.0 for label in labels]
+        return Votes(names, prompts, chosen, rejected, labels, *details)
+
+    def _votes(self, record: dict[Any, Any]) -> list[Vote]:
         get = record.get
         worker, prompt, ranking_id = self._name_worker(get(self.worker_column)), get(self._prompt), None
         if self._prompt and is_missing(prompt):
@@ -153,10 +178,8 @@ class TableReader:
         if type(prompt) is not str or type(chosen) is not str or type(rejected) is not str:
             prompt, chosen, rejected = as_texts(prompt, chosen, rejected)
         prompt, chosen, rejected = check_pair(prompt, chosen, rejected)
-        if self._plain:
-            return [Vote(worker, prompt, chosen, rejected)]
         details = self._details(record, ranking_id)
-        label = check_label(record[self._label]) if self._label in record else 1.0
+        label = check_label(get(self._label, 1))
         if label == 0:
             details[2] = _OTHER_SIDE[details[2]]
             return [Vote(worker, prompt, rejected, chosen, 1.0, *details)]

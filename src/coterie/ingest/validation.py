@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -27,6 +29,22 @@ class Vote(NamedTuple):
     confidence: float | None = None
     split: str | None = None  # the source's own
     created_at: datetime | None = None
+
+
+class Votes(NamedTuple):
+    """Votes in columns, in the order of Vote's fields; an optional column that no row fills is None."""
+
+    worker: Sequence[str]
+    prompt: Sequence[str]
+    chosen: Sequence[str]
+    rejected: Sequence[str]
+    label: Sequence[float]
+    prompt_id: Sequence[str | None] | None = None
+    ranking_id: Sequence[str | None] | None = None
+    shown_first: Sequence[str | None] | None = None
+    confidence: Sequence[float | None] | None = None
+    split: Sequence[str | None] | None = None
+    created_at: Sequence[datetime | None] | None = None
 
 
 class Refused(Exception):
@@ -73,24 +91,30 @@ def check_pair(prompt: object, chosen: object, rejected: object) -> tuple[str, s
 
     An empty prompt is accepted (some sources compare bare texts), a missing one is not.
     """
-    if (
-        type(prompt) is type(chosen) is type(rejected) is str
-        and prompt.isascii()
-        and chosen.isascii()
-        and rejected.isascii()
-        and chosen
-        and rejected
-        and not chosen.isspace()
-        and not rejected.isspace()
-        and chosen != rejected
-        and len(prompt) + len(chosen) + len(rejected) <= MAX_TEXT
-    ):
-        return prompt, chosen, rejected  # nearly all rows, without the calls below
     prompt = check_unicode(prompt, "prompt") if isinstance(prompt, str) else check_text(prompt, "prompt")
     chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
     if chosen == rejected:
         raise Refused("the two responses are identical")
     return prompt, chosen, rejected
+
+
+def check_pairs(prompts: Sequence[Any], chosen: Sequence[Any], rejected: Sequence[Any]) -> None:
+    """Pass where `check_pair` accepts every row as it is.
+
+    Raises:
+        Refused, TypeError, UnicodeError: it does not; which row and why is for `check_pair` to say.
+    """
+    for texts in (prompts, chosen, rejected):
+        whole = "".join(texts)
+        if not whole.isascii():
+            whole.encode()
+        if len(whole) > MAX_TEXT and max(map(len, texts)) > MAX_TEXT:
+            raise Refused("a text is too long")
+    for texts in (chosen, rejected):
+        if not all(texts) or any(map(str.isspace, texts)):
+            raise Refused("a response is empty")
+    if any(map(operator.eq, chosen, rejected)):
+        raise Refused("two responses are identical")
 
 
 def check_worker(value: object) -> str:
