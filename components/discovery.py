@@ -39,20 +39,24 @@ def cluster(
     metrics: dsl.Output[dsl.Metrics],
     coteries: str,
     max_coteries: int,
+    min_workers: int,
     method: str,
+    ship: str,
+    replicates: int,
     splits: int,
     seed: int,
 ) -> list:
-    """The verdict, the number of coteries and every worker's posterior; returns the coteries' ids."""
+    """The verdict, the number of coteries and every worker's posterior; returns whose rewards to train."""
     from components import artifacts
     from coterie import stages
     from coterie.config import ClusterSettings
 
     settings = ClusterSettings.of(
-        coteries=coteries, max_coteries=max_coteries, method=method, splits=splits, seed=seed
+        coteries=coteries, max_coteries=max_coteries, min_workers=min_workers, method=method, ship=ship,
+        replicates=replicates, splits=splits, seed=seed,
     )  # fmt: skip
     figures = artifacts.run(stages.cluster, out=clustered, metrics=metrics, embedded=embedded, settings=settings)
-    return [str(k) for k in range(figures["selection"]["coteries"])]
+    return [str(audience) for audience in stages.audiences(figures)]
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)

@@ -37,7 +37,7 @@ def coterie_reward(
     precision: str,
     seed: int,
 ):
-    """The reward of one coterie, started from the global one and pulled towards it."""
+    """The reward of one coterie, started from the global one and pulled towards it; or of everybody by embedding."""
     from components import artifacts
     from coterie import stages
     from coterie.config import RewardSettings
@@ -45,7 +45,7 @@ def coterie_reward(
     settings = RewardSettings.of(precision=precision, seed=seed)
     artifacts.run(
         stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,
-        coterie=int(coterie), global_reward=global_reward,
+        coterie=int(coterie) if coterie.isdigit() else coterie, global_reward=global_reward,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def make_bundle(root):
             "stability": {"half_split_ari": 0.5},
             "seed": 0,
         },
-        "evaluate": {"gates": gates, "heldout": {"seen": {"accuracy": 0.7, "log_loss": 0.6}}},
+        "evaluate": {"gates": gates, "ships": "coteries", "heldout": {"seen": {"accuracy": 0.7, "log_loss": 0.6}}},
     }
     for name, content in metrics.items():
         (root / name / "metrics.json").write_text(json.dumps(content))

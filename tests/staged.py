@@ -16,10 +16,13 @@ from coterie import contracts
 from coterie.bundle import build_bundle
 from coterie.config import BundleSettings, EvaluateSettings, RewardSettings
 from coterie.contracts import content_id
-from coterie.discovery.features import FeatureMap, differences
+from coterie.discovery.differences import differences
+from coterie.discovery.features import FeatureMap
+from coterie.discovery.lowrank import LowRankReward
 from coterie.encoding.style import STYLE_NAMES, style_features
 from coterie.evaluation import evaluate
 from coterie.rewards import train_reward
+from coterie.stages import reward_name
 
 DIMENSION = 6
 WORDS = ["river", "bread", "lamp", "walk", "early", "warm", "stone", "garden", "winter", "tea", "map", "bell"]
@@ -64,8 +67,8 @@ class Staged:
         return {name: self.root / name for name in names} | self.rewards
 
 
-def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank=2, seed=0, ties=0.0):
-    """Write ingest, encode, embed and cluster below `root`."""
+def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank=2, seed=0, ties=0.0, ships=None):
+    """Write ingest, encode, embed and cluster below `root`; `ships` other than what the coteries say."""
     rng = np.random.default_rng(seed)
     for name in ("ingest", "encode", "embed", "cluster"):
         (root / name).mkdir(parents=True)
@@ -142,8 +145,11 @@ def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank
         feature_map,
         root / "embed" / "differences.parquet",
     )
-    for file in ("embed/lowrank.safetensors", "cluster/mixture.safetensors"):
-        (root / file).write_bytes(f"{file}: nothing here reads it".encode())
+    (root / "cluster" / "mixture.safetensors").write_bytes(b"nothing here reads it")
+    model = LowRankReward(rank)
+    model.theta_, model.basis_ = common.astype(np.float32), np.zeros((feature_map.size, rank), np.float32)
+    model.basis_[length, 0], model.reliability_variance_ = -5 / 3, 0.1
+    model.save(root / "embed" / contracts.MODEL_FILE)
 
     sure = 0.98 if coteries > 1 else 1.0
     posterior = np.full((workers, coteries), (1 - sure) / max(coteries - 1, 1))
@@ -155,7 +161,7 @@ def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank
         root / "cluster" / "assignments.parquet",
         {
             "worker_id": ids,
-            "embedding": rng.standard_normal((workers, rank)) + 3 * group[:, None],
+            "embedding": 0.3 * rng.standard_normal((workers, rank)) + 3 * (group[:, None] - 0.5),
             "reliability": np.ones(workers),
             "comparisons": train,
             "coterie": group,
@@ -202,8 +208,22 @@ def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank
         "embed": {"rank": rank},
         "cluster": {
             "mixture_version": "m1",
-            "selection": {"verdict": verdict, "member": member, "coteries": coteries, "candidates": candidates},
+            "selection": {
+                "verdict": verdict,
+                "member": member,
+                "size": coteries,
+                "coteries": coteries,
+                "ships": ships or ("coteries" if coteries > 1 else "one-reward"),
+                "candidates": candidates,
+            },
+            "heterogeneity": None,
             "stability": {"half_split_ari": 0.62} if coteries > 1 else {},
+            "priors": {
+                "precision": 10.0,
+                "reliability_variance": 0.1,
+                "coterie_precision": 30.0,
+                "embedding": ["lowrank", rank, 100.0],
+            },
         },
     }
     for name, content in metrics.items():
@@ -214,9 +234,12 @@ def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank
 def train_all(staged, coteries=2):
     """Write the rewards below `staged.root`/rewards."""
     base = staged.root / "rewards" / "global"
-    train_reward(staged.embed, staged.cluster, base, "global", RewardSettings())
-    for k in range(coteries):
-        train_reward(staged.embed, staged.cluster, base.with_name(f"coterie-{k}"), k, RewardSettings(), base)
+    ships = json.loads((staged.cluster / "metrics.json").read_text())["selection"]["ships"]
+    for k in ["global", *range(coteries), *(["embedding"] if ships == "embedding" else [])]:
+        folder = base if k == "global" else base.with_name(reward_name(k))
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = train_reward(staged.embed, staged.cluster, folder, k, RewardSettings(), base)
+        (folder / "metrics.json").write_text(json.dumps(figures))
 
 
 def judge(staged, **settings):

@@ -136,7 +136,7 @@ def test_workers_without_votes_have_the_prior(groups: Simulated) -> None:
     mixture, low_rank = MixtureReward(3).fit(votes), LowRankReward(2).fit(votes)
     silent = ~votes.present
     assert silent.sum() == 281
-    np.testing.assert_allclose(mixture.posterior(votes)[silent], np.tile(mixture.weights_, (281, 1)))
+    np.testing.assert_allclose(mixture.infer(votes)[0][silent], np.tile(mixture.weights_, (281, 1)))
     np.testing.assert_allclose(mixture.responsibilities_[silent], np.tile(mixture.weights_, (281, 1)))
     assert (mixture.log_reliability_[silent] == 0).all()
     assert (low_rank.embeddings_[silent] == 0).all()
@@ -163,7 +163,7 @@ def test_a_mixture_survives_its_file(groups: Simulated, tmp_path: Path) -> None:
     mixture = MixtureReward(4).fit(groups.train)
     mixture.save(tmp_path / "mixture.safetensors", "v1")
     again = MixtureReward.load(tmp_path / "mixture.safetensors")
-    np.testing.assert_allclose(again.posterior(groups.test), mixture.posterior(groups.test), atol=1e-5)
+    np.testing.assert_allclose(again.infer(groups.test)[0], mixture.infer(groups.test)[0], atol=1e-5)
     with pytest.raises(BadData, match="coterie cluster"):
         MixtureReward.load(tmp_path / "none.safetensors")
 
@@ -278,6 +278,6 @@ def test_any_small_votes_give_probabilities(n, features, workers, scale, seed, m
         return
     assert np.isfinite(fitted.decision_function(votes)).all()
     if isinstance(fitted, MixtureReward):
-        posterior = fitted.posterior(votes)
+        posterior = fitted.infer(votes)[0]
         np.testing.assert_allclose(posterior.sum(axis=1), 1)
         assert (posterior >= 0).all()

@@ -7,72 +7,9 @@ import numpy as np
 import pytest
 from staged import judge, train_all, write_stages
 
-from coterie.contracts import Estimate
-from coterie.discovery.votes import Votes, load_votes
+from coterie.discovery.votes import load_votes
 from coterie.errors import BadData
-from coterie.evaluation import TwoWayBootstrap
-from coterie.rewards import RewardHead
-
-
-def bootstrap(worker, prompt=None, replicates=400, seed=0, level=0.95):
-    worker = np.asarray(worker)
-    votes = Votes.of(np.zeros((len(worker), 1)), np.ones(len(worker)), worker, prompt)
-    return TwoWayBootstrap(votes, replicates, level, seed)
-
-
-def test_every_worker_counts_once_however_many_comparisons():
-    worker = [0] * 8 + [1] * 2
-    values = np.array([1.0] * 8 + [0.0, 0.5])
-    made = bootstrap(worker)
-    everybody, all_of_them = np.ones(2, bool), np.ones(10, bool)
-    assert made.estimate(values, all_of_them, everybody).value == pytest.approx((1 + 0.25) / 2)
-    assert made.estimate(values, np.arange(10) != 8, everybody).value == pytest.approx((1 + 0.5) / 2)
-    assert made.estimate(values, all_of_them, np.array([True, False])).value == 1
-
-
-def test_fewer_than_ten_workers_get_no_interval():
-    for workers, given in ((9, False), (10, True)):
-        worker = np.repeat(np.arange(workers), 5)
-        values = np.random.default_rng(0).standard_normal(len(worker))
-        made = bootstrap(worker).estimate(values, np.ones(len(worker), bool), np.ones(workers, bool))
-        assert (made.low is not None) is given
-
-
-@pytest.mark.parametrize(
-    ("workers", "prompts", "each", "of_worker", "of_prompt"),
-    [(12, 0, 10, 0.4, 0.0), (30, 0, 8, 0.0, 0.0), (60, 50, 6, 0.2, 0.4)],
-    ids=["few workers who differ", "votes are noise", "prompts differ"],
-)
-def test_intervals_cover_the_truth_as_often_as_they_say_and_are_not_wasteful(
-    workers, prompts, each, of_worker, of_prompt
-):
-    repetitions, covered, widths, values = 200, 0, [], []
-    for seed in range(repetitions):
-        rng = np.random.default_rng(seed)
-        worker = np.repeat(np.arange(workers), each)
-        if prompts:
-            prompt = np.concatenate([rng.choice(prompts, each, replace=False) for _ in range(workers)])
-        else:
-            prompt = np.arange(len(worker))
-        value = of_worker * rng.standard_normal(workers)[worker] + rng.standard_normal(len(worker))
-        value += of_prompt * rng.standard_normal(prompt.max() + 1)[prompt]
-        made = bootstrap(worker, prompt, replicates=250, seed=seed).estimate(
-            value, np.ones(len(worker), bool), np.ones(workers, bool)
-        )
-        covered += made.low <= 0 <= made.high
-        widths.append(made.high - made.low)
-        values.append(made.value)
-    # 95 % of 200: standard error .015. The pigeonhole bootstrap is 1.7 times too wide where votes are noise.
-    assert 0.9 <= covered / repetitions <= 0.99
-    assert 0.85 < np.mean(widths) / (2 * 1.96 * np.std(values)) < 1.25
-
-
-def test_more_units_than_groups_change_little():
-    rng = np.random.default_rng(0)
-    worker = np.repeat(np.arange(5000), 2)
-    values = rng.standard_normal(len(worker))
-    made = bootstrap(worker).estimate(values, np.ones(len(worker), bool), np.ones(5000, bool))
-    assert made.high - made.low == pytest.approx(2 * 1.96 / np.sqrt(10_000), rel=0.15)
+from coterie.rewards import PersonalHead, RewardHead
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +40,7 @@ def test_what_a_coterie_likes_is_what_was_planted(groups):
 
 def test_what_is_judged_is_what_is_served_averaged_over_the_posterior(groups):
     staged, result = groups
-    votes = load_votes(staged.embed / "differences.parquet", ("test",))
+    votes = load_votes(staged.embed / "differences.parquet", "test")
     own = [RewardHead.load(staged.rewards[f"coterie-{k}"]).margin(votes.x) for k in range(2)]
     group = np.array([c["coterie"] for c in _assignments(staged)])
     margin = np.where(group[votes.worker] == 0, own[0], own[1])  # .98 is more than the mass that is averaged over
@@ -154,7 +91,7 @@ def test_ties_count_in_the_log_loss_and_not_in_the_accuracy(tmp_path):
     staged = write_stages(tmp_path, ties=0.3)
     train_all(staged)
     result = judge(staged)
-    votes = load_votes(staged.embed / "differences.parquet", ("test",))
+    votes = load_votes(staged.embed / "differences.parquet", "test")
     margin = RewardHead.load(staged.rewards["global"]).margin(votes.x)
     decided = votes.y == 1
     workers = np.unique(votes.worker[decided])
@@ -179,7 +116,44 @@ def test_a_missing_reward_is_named(groups, tmp_path):
         judge(copied)
 
 
-def test_an_estimate_of_nobody_is_no_number():
-    made = bootstrap([0, 0, 1, 1]).estimate(np.zeros(4), np.ones(4, bool), np.zeros(2, bool))
-    assert isinstance(made, Estimate)
-    assert made.value is None
+@pytest.fixture(scope="module")
+def by_degrees(tmp_path_factory):
+    staged = write_stages(tmp_path_factory.mktemp("degrees"), ships="embedding")
+    train_all(staged)
+    return staged, judge(staged)
+
+
+def test_people_are_served_by_their_embedding_where_that_ships_and_passes_its_gate(by_degrees):
+    staged, result = by_degrees
+    assert result["ships"] == "embedding"
+    assert result["gates"][-1]["coterie"] is None
+    assert result["gates"][-1]["serves"] == "own"
+    votes = load_votes(staged.embed / "differences.parquet", "test")
+    places = np.array([row["embedding"] for row in _assignments(staged)])
+    head = PersonalHead.load(staged.rewards["embedding"])
+    margin = head.margin(votes.x, places[votes.worker])
+    one = head.of(places[7])
+    mine = votes.worker == 7
+    np.testing.assert_allclose(one.margin(votes.x[mine]), margin[mine], rtol=1e-5)
+    assert one.centered(votes.x).center == pytest.approx(head.centered(votes.x).of(places[7]).center, rel=1e-6)
+    per_worker = [(margin[votes.worker == w] > 0).mean() for w in np.unique(votes.worker)]
+    assert result["heldout"]["seen"]["accuracy"] == pytest.approx(np.mean(per_worker))
+    assert result["heldout"]["seen"]["difference_to_pooled"]["accuracy"]["low"] > 0.05
+
+
+def test_embeddings_that_say_nothing_do_not_pass_and_one_reward_serves(tmp_path):
+    staged = write_stages(tmp_path, groups=False, ships="embedding")
+    train_all(staged)
+    result = judge(staged)
+    assert result["ships"] == "one-reward"
+    assert result["gates"][-1]["serves"] == "global"
+    assert result["heldout"]["seen"]["difference_to_pooled"]["log_loss"]["value"] == 0
+
+
+def test_new_workers_are_served_better_the_more_they_have_said(groups):
+    _, result = groups
+    shots = result["heldout"]["unseen_by_shots"]
+    assert list(shots) == ["0", "5", "10", "20"]
+    assert shots["0"]["difference_to_pooled"]["log_loss"]["value"] == 0
+    gains = [shots[k]["difference_to_pooled"]["log_loss"]["value"] for k in ("0", "5", "20")]
+    assert gains[0] > gains[1] > gains[2]

@@ -9,8 +9,9 @@ import pytest
 from staged import TextEncoder, everything
 
 from coterie.bundle import Bundle
+from coterie.contracts import Route, RoutedInstance
 from coterie.errors import BadBundle
-from coterie.scoring import Scorer, average, check_golden, leading_coteries
+from coterie.scoring import Question, Scorer, average, check_golden, leading_coteries
 
 PROMPT = "Question 1?"
 RESPONSES = ["River.", "Bread lamp walk early warm stone garden winter tea map bell river bread lamp.", "Warm stone."]
@@ -61,9 +62,9 @@ def test_a_coterie_whose_gate_is_shut_serves_the_global_reward(scorer):
 
 def test_many_instances_are_one_call_of_the_encoder_and_the_same_scores(scorer):
     instances = [
-        (PROMPT, RESPONSES, [0.9, 0.1]),
-        ("Question 2?", RESPONSES[:1], None),
-        (PROMPT, RESPONSES[1:], [0.0, 1.0]),
+        Question(PROMPT, RESPONSES, [0.9, 0.1]),
+        Question("Question 2?", RESPONSES[:1]),
+        Question(PROMPT, RESPONSES[1:], [0.0, 1.0]),
     ]
     before = scorer._encoder.calls
     many = scorer.score_many(instances)
@@ -98,4 +99,44 @@ def test_golden_scores_are_checked_for_every_coterie(staged, tmp_path):
     golden[-1]["coteries"][0][1] += 0.01
     (folder / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(BadBundle, match="golden score \\(coteries\\)"):
+        check_golden(Scorer(Bundle.load(folder, verify=False), TextEncoder()))
+
+
+@pytest.fixture(scope="module")
+def personal(tmp_path_factory):
+    return everything(tmp_path_factory.mktemp("personal"), ships="embedding")
+
+
+def test_where_that_ships_a_person_is_scored_by_their_embedding(personal):
+    scorer = Scorer(Bundle.load(personal.bundle), TextEncoder())
+    assert scorer.bundle.manifest.ships == "embedding"
+    long, short = (scorer.score(PROMPT, RESPONSES, [0.5, 0.5], [place, 0.0]).scores for place in (-1.5, 1.5))
+    assert np.argmax(long) == 1
+    assert np.argmax(short) != 1
+    np.testing.assert_array_equal(scorer.score(PROMPT, RESPONSES).scores, scorer.score(PROMPT, RESPONSES).by_global)
+    with pytest.raises(BadBundle, match="an embedding of 3 numbers for a bundle of rank 2"):
+        scorer.score(PROMPT, RESPONSES, [0.5, 0.5], [0.0, 0.0, 0.0])
+
+
+def test_a_route_without_a_usable_embedding_falls_back(personal):
+    scorer = Scorer(Bundle.load(personal.bundle), TextEncoder())
+    version = scorer.bundle.manifest.mixture_version
+    for embedding, source in (
+        ([0.1, 0.2], "profile"),
+        ([0.1], "global"),
+        ([0.1, float("nan")], "global"),
+        (None, "global"),
+    ):
+        route = Route(source="profile", coterie=0, posterior=[0.5, 0.5], embedding=embedding, mixture_version=version)
+        made = scorer.predict([RoutedInstance(prompt=PROMPT, responses=RESPONSES, route=route)])[0]
+        assert made.source == source
+
+
+def test_golden_scores_are_checked_for_persons_too(personal, tmp_path):
+    check_golden(Scorer(Bundle.load(personal.bundle), TextEncoder()))
+    folder = shutil.copytree(personal.bundle, tmp_path / "bundle")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden[0]["personal"][1] += 0.01
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(BadBundle, match="golden score \\(personal\\)"):
         check_golden(Scorer(Bundle.load(folder, verify=False), TextEncoder()))

@@ -1,6 +1,7 @@
 """What all stages share: whole results or none, no work twice, errors in words; and the command line's exit codes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -140,9 +141,19 @@ def test_inputs_that_are_missing_or_of_another_stage_are_named(votes, tmp_path):
 def test_a_disk_error_of_another_kind_is_not_called_a_full_disk(votes, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(OSError, match=r"Not a directory|File exists") as raised:
+    with pytest.raises(RunFailed, match=r"cannot be written.*(Not a directory|File exists)"):
         stages.ingest(blocked / "ingest", settings(votes))
-    assert not isinstance(raised.value, RunFailed)
+
+
+def test_what_a_killed_run_left_is_cleared_away_and_what_a_living_one_writes_is_not(votes, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, living = (tmp_path / f".ingest.{pid}.part" for pid in (dead.pid, os.getppid()))
+    left.mkdir()
+    living.mkdir()
+    stages.ingest(tmp_path / "ingest", settings(votes))
+    assert not left.exists()
+    assert living.exists()
 
 
 @pytest.mark.parametrize(

@@ -17,23 +17,26 @@ from coterie import __version__
 from coterie.config import BundleSettings
 from coterie.contracts import (
     COMPARISON,
+    EMBEDDING_REWARD,
     FEATURES_FILE,
     GLOBAL,
     HEAD_FILE,
     MIXTURE_FILE,
     MODEL_FILE,
+    PERSONAL_FILE,
     TEST,
     VECTOR,
     BaseModelReference,
     Gate,
     Manifest,
+    Ships,
     matrix,
     replacing,
     write_text,
 )
 from coterie.discovery.features import FeatureMap
 from coterie.errors import BadBundle, BadData
-from coterie.rewards import RewardHead
+from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
 
 MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "manifest.json",
@@ -43,6 +46,11 @@ MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
 )
 _OF_THE_STAGE = {"stage.json", "metrics.json"}  # the stage's own records, beside the bundle's files
 _GOLDEN_PROMPTS = 8
+_SERVED: dict[Ships, str] = {
+    "one-reward": "one reward for everybody",
+    "embedding": "each person by their own place among the tastes",
+    "coteries": "each person by the rewards of their coteries",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Bundle:
         features: from vectors and style to h.
         heads: rewards by name, `global`, `coterie-0` ...
         golden: texts with the scores that they had when the bundle was made.
+        personal: everybody's own reward by their embedding, where the bundle ships that; else None.
     """
 
     path: Path
@@ -62,6 +71,7 @@ class Bundle:
     features: FeatureMap
     heads: dict[str, RewardHead]
     golden: list[dict[str, Any]]
+    personal: PersonalHead | None = None
 
     @classmethod
     def load(cls, path: Path, verify: bool = True) -> Self:
@@ -77,16 +87,20 @@ class Bundle:
             heads = {file.parent.name: RewardHead.load(file) for file in sorted(path.glob(f"rewards/*/{HEAD_FILE}"))}
             features = FeatureMap.load(path / FEATURES_FILE)
             golden = json.loads((path / GOLDEN_FILE).read_text(encoding="utf-8"))
+            personal = None
+            if manifest.ships == EMBEDDING_REWARD:
+                personal = PersonalHead.load(path / "rewards" / EMBEDDING_REWARD)
         except (BadData, OSError, ValueError) as error:
             raise BadBundle(f"{path}: {error}") from error
-        wanted = {GLOBAL} | {f"coterie-{gate.coterie}" for gate in manifest.gates if gate.serves == "own"}
+        own = {gate.coterie for gate in manifest.gates if gate.serves == "own" and gate.coterie is not None}
+        wanted = {GLOBAL} | {f"coterie-{k}" for k in own}
         if missing := wanted - heads.keys():
             raise BadBundle(
                 f"{path}: the manifest serves {', '.join(sorted(missing))}, which is not there. Make it again."
             )
         if not any(model.role == "encoder" for model in manifest.base_models):
             raise BadBundle(f"{path / MANIFEST_FILE}: names no encoder. Fetch or make the bundle again.")
-        return cls(path, manifest, features, heads, golden)
+        return cls(path, manifest, features, heads, golden, personal)
 
     @property
     def encoder(self) -> BaseModelReference:
@@ -128,8 +142,15 @@ def build_bundle(
     rows = np.sort(rng.choice(len(table), min(settings.reference, len(table)), replace=False))
     part = table.take(rows)
     reference = features.transform(matrix(part["vector"]), matrix(part["style"]))
-    heads = {name: RewardHead.load(folder).centered(reference) for name, folder in rewards.items()}
-    gates = [Gate(**gate) for gate in evaluation["gates"]]
+    heads = {
+        name: RewardHead.load(folder).centered(reference)
+        for name, folder in rewards.items()
+        if name != EMBEDDING_REWARD
+    }
+    gates, personal = [Gate(**gate) for gate in evaluation["gates"]], None
+    if evaluation["ships"] == EMBEDDING_REWARD:
+        personal = PersonalHead.load(rewards[EMBEDDING_REWARD]).centered(reference)
+        personal.save(out / "rewards" / EMBEDDING_REWARD / PERSONAL_FILE)
 
     for file, source in {FEATURES_FILE: embedded, MODEL_FILE: embedded, MIXTURE_FILE: clustered}.items():
         with replacing(out / file) as temporary:
@@ -140,7 +161,7 @@ def build_bundle(
         from safetensors.numpy import save_file
 
         save_file({"features": np.ascontiguousarray(reference)}, temporary)
-    golden = _golden(ingested / "comparisons.parquet", table, features, heads, gates)
+    golden = _golden(ingested / "comparisons.parquet", table, features, heads, gates, personal)
     write_text(out / GOLDEN_FILE, json.dumps(golden, indent=1, ensure_ascii=False))
 
     figures = {
@@ -160,6 +181,7 @@ def build_bundle(
         "features": features.size,
         "style_names": json.loads(encoder["style_names"])[: len(features.style_mean)],
         "verdict": selection["selection"]["verdict"],
+        "ships": evaluation["ships"],
         "key_fingerprint": _json(ingested / "metrics.json").get("key_fingerprint"),
         "gates": gates,
         "metrics": figures,
@@ -178,18 +200,23 @@ def build_bundle(
 
 
 def _golden(
-    comparisons: Path, vectors: Any, features: FeatureMap, heads: Mapping[str, RewardHead], gates: list[Gate]
+    comparisons: Path,
+    vectors: Any,
+    features: FeatureMap,
+    heads: Mapping[str, RewardHead],
+    gates: list[Gate],
+    personal: PersonalHead | None,
 ) -> list[dict[str, Any]]:
-    """Scores of a few test pairs, by the global head and by what each coterie serves."""
+    """Scores of a few test pairs, by the global head, by what each coterie serves, and for a made-up person each."""
     columns = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id", "pair_id", "split"]
     table = COMPARISON.read(comparisons, columns)
     held = table.filter(pc.equal(table["split"].cast("string"), TEST))
     rows = (held if len(held) else table).sort_by("pair_id").to_pylist()
     picked = list({row["prompt"]: row for row in rows}.values())[:_GOLDEN_PROMPTS]
     where = {name: i for i, name in enumerate(vectors["response_id"].to_pylist())}
-    served = [heads[f"coterie-{gate.coterie}"] if gate.serves == "own" else heads[GLOBAL] for gate in gates]
-    golden = []
-    for row in picked:
+    own = serving_own(gates)
+    served, golden = served_heads(heads, len(own), own), []
+    for number, row in enumerate(picked):
         pair = vectors.take([where[row["chosen_id"]], where[row["rejected_id"]]])
         h = features.transform(matrix(pair["vector"]), matrix(pair["style"]))
         golden.append(
@@ -200,13 +227,19 @@ def _golden(
                 "coteries": np.stack([head.score(h) for head in served], axis=1).round(6).tolist(),
             }
         )
+        if personal is not None:
+            person = np.round(np.random.default_rng(number).standard_normal(personal.basis.shape[1]), 3)
+            golden[-1] |= {"embedding": person.tolist(), "personal": personal.of(person).score(h).round(6).tolist()}
     return golden
 
 
 def _card(described: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     """The model card, with the header that Hugging Face reads."""
     encoder = described["base_models"][0]
-    gates = "\n".join(f"| {gate.coterie} | {gate.serves} | {gate.reason} |" for gate in described["gates"])
+    gates = "\n".join(
+        f"| {'everybody, by embedding' if gate.coterie is None else gate.coterie} | {gate.serves} | {gate.reason} |"
+        for gate in described["gates"]
+    )
     figures = described["metrics"]
     names = {"test_accuracy": "accuracy", "test_log_loss": "log-loss"}
     measured = ", ".join(f"{told} {figures[name]:.3f}" for name, told in names.items() if name in figures)
@@ -220,7 +253,7 @@ tags: [reward-model, preferences, personalization]
 
 Rewards for the coteries of one set of annotators, as linear heads on {described["features"]} features of the encoder
 `{encoder.name}` (revision `{encoder.revision}`). Verdict of the analysis: **{described["verdict"]}**,
-{described["coteries"]} coterie{"s" if described["coteries"] > 1 else ""}.
+{described["coteries"]} coterie{"s" if described["coteries"] > 1 else ""}. Served: {_SERVED[described["ships"]]}.
 
 Test prompts, macro over workers: {measured or "no comparison was held out"}.
 

@@ -150,11 +150,27 @@ def embed(comparisons: Path, vectors: Path, out: Path, **values: Any) -> None:
 
 @main.command()
 @click.option("--embedded", type=PathOption, required=True, help="folder of embed")
+@click.option(
+    "--previous", type=PathOption, help="folder of an earlier cluster; the same people keep their coterie's id"
+)
 @click.option("--out", type=PathOption, required=True)
 @settings_options(config.ClusterSettings)
-def cluster(embedded: Path, out: Path, **values: Any) -> None:
+def cluster(embedded: Path, previous: Path | None, out: Path, **values: Any) -> None:
     """The verdict, the coteries, and every worker's posterior."""
-    _echo(stages.cluster(embedded, out, read_settings(config.ClusterSettings, values)))
+    _echo(stages.cluster(embedded, out, read_settings(config.ClusterSettings, values), previous))
+
+
+@main.command()
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed of the earlier run")
+@click.option("--clustered", type=PathOption, required=True, help="folder of cluster of the earlier run")
+@click.option(
+    "--comparisons", type=PathOption, required=True, help="newer comparisons.parquet, or the folder of ingest"
+)
+@click.option("--vectors", type=PathOption, required=True, help="folder of encode of the newer comparisons")
+@click.option("--out", type=PathOption, required=True)
+def drift(embedded: Path, clustered: Path, comparisons: Path, vectors: Path, out: Path) -> None:
+    """Whether what people want has changed, by newer comparisons of the same workers."""
+    _echo(stages.drift(embedded, clustered, comparisons, vectors, out))
 
 
 @main.command()
@@ -178,7 +194,7 @@ def reward(embedded: Path, clustered: Path, coterie: int | None, out: Path, **va
     common = out / stages.reward_name(None)
     if coterie is None:
         _echo(stages.reward(embedded, clustered, common, settings))
-    wanted = range(stages.read_metrics(clustered)["selection"]["coteries"]) if coterie is None else [coterie]
+    wanted = stages.audiences(stages.read_metrics(clustered)) if coterie is None else [coterie]
     for k in wanted:
         _echo(stages.reward(embedded, clustered, out / stages.reward_name(k), settings, k, common))
 
@@ -214,6 +230,25 @@ def report(folder: Path, out: Path | None, title: str) -> None:
     target = out or folder / "report"
     stages.report(**_stage_folders(folder), out=target, title=title)
     click.echo(target / "report.html")
+
+
+@main.command()
+@click.argument("source", nargs=-1, required=True)
+@click.option("--out", type=PathOption, required=True)
+@click.option(
+    "--worthwhile",
+    default=0.005,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="held-out gain, in nats a comparison, from which rewards of several tastes would be worth their cost",
+)
+@settings_options(config.IngestSettings, "source")
+@settings_options(config.EncodeSettings)
+def assess(source: tuple[str, ...], out: Path, worthwhile: float, **values: Any) -> None:
+    """What SOURCE... could show before any GPU is used: the verdict, the power, how many more comparisons settle it."""
+    of_encode = {name: values.pop(name) for name in config.EncodeSettings.model_fields}
+    ingest_settings = read_settings(config.IngestSettings, values).model_copy(update={"source": list(source)})
+    click.echo(stages.assess(out, ingest_settings, read_settings(config.EncodeSettings, of_encode), worthwhile))
 
 
 # ------------------------------------------------------------------------------------------------------------- the bundle

@@ -35,7 +35,8 @@ class IngestSettings(Settings):
 
     source: list[str] = Field(
         default=["simulated://groups"],
-        description="files, globs, s3://, hf://, or simulated://SETTING?workers=..&seed=..",
+        description="files, globs, s3://, hf://, sqlite:// or postgresql:// (the feedback database), or "
+        "simulated://SETTING?workers=..&seed=..",
     )
     format: Format = Field(default="auto", description="the sources' format; auto looks")
     columns: dict[str, str] = Field(
@@ -83,12 +84,19 @@ class EmbedSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Coteries of workers."""
+    """Coteries of workers, and the verdict."""
 
     coteries: Literal["auto"] | int = Field(default="auto", description="number of coteries; auto: held-out likelihood")
-    max_coteries: int = Field(default=6, ge=1, description="largest number that auto tries")
+    max_coteries: int = Field(default=8, ge=1, description="largest number that auto tries")
+    min_workers: int = Field(default=5, ge=0, description="workers with training votes that a coterie has at least")
     method: Literal["mixture", "kmeans", "ward", "average"] = Field(
         default="mixture", description="mixture, or clustering of the worker embeddings"
+    )
+    ship: Literal["auto", "one-reward", "embedding", "coteries"] = Field(
+        default="auto", description="what is served; auto: what the verdict says"
+    )
+    replicates: int = Field(
+        default=59, ge=0, description="data sets that the test of differing tastes draws at most; 0: no test"
     )
     splits: int = Field(default=3, ge=1, description="item-disjoint splits inside the training prompts")
     seed: int = Field(default=0, ge=0)

@@ -23,7 +23,7 @@ from coterie.errors import BadData
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
-GLOBAL = "global"
+GLOBAL, EMBEDDING_REWARD = "global", "embedding"  # rewards that are no coterie's
 
 _CONTENT_IDS = frozenset({"comparison_id", "chosen_id", "rejected_id", "pair_id", "response_id"})
 _META_NAME, _META_VERSION = b"coterie.table", b"coterie.schema_version"
@@ -136,12 +136,19 @@ class Table:
     @contextmanager
     def writer(self, path: Path, metadata: dict[str, str] | None = None, **sizes: int) -> Iterator[pq.ParquetWriter]:
         """A streaming writer of record batches or tables; the file appears under its name only when all is written."""
-        # Content ids and vectors hardly repeat within a row group: a dictionary of them makes files larger and slower.
-        repeating = [f.name for f in self.fields if not pa.types.is_list(f.type) and f.name not in _CONTENT_IDS]
+        # Content ids and vectors hardly repeat within a row group: a dictionary of them makes files larger and slower, and
+        # compression or statistics of vectors only cost time.
+        schema, flat = self.schema(metadata, **sizes), [f.name for f in self.fields if not pa.types.is_list(f.type)]
+        compression = {f.name if f.name in flat else f"{f.name}.list.element": "zstd" for f in self.fields}
+        compression |= {path: "none" for path in compression if path not in flat}
         with (
             replacing(path) as temporary,
             pq.ParquetWriter(
-                temporary, self.schema(metadata, **sizes), compression="zstd", use_dictionary=repeating
+                temporary,
+                schema,
+                compression=compression,
+                use_dictionary=[name for name in flat if name not in _CONTENT_IDS],
+                write_statistics=flat,
             ) as writer,
         ):
             yield writer
@@ -235,15 +242,16 @@ VECTOR = Table(
         _field("style", _vector),  # readable features; their names are in the file's metadata
     ),
 )
-DIFFERENCE = Table(
+DIFFERENCE = Table(  # ordered by split and worker; a row group holds whole workers of one split
     "difference",
-    1,
+    2,
     (
         _field("comparison_id", _string),
         _field("worker", pa.int32()),  # row of the worker in embeddings.parquet
-        _field("prompt", pa.int32()),  # a number for each prompt_id
+        _field("prompt", pa.int64()),  # a hash of prompt_id
         _field("split", _category),
         _field("label", _float),
+        _field("weight", _float),  # what it counts: 1; a pair of a ranking of m responses 2 / m
         _field("x", _vector),  # h(prompt, chosen) - h(prompt, rejected)
     ),
 )
@@ -285,9 +293,15 @@ FEATURES_FILE, MODEL_FILE, MIXTURE_FILE, HEAD_FILE = (
     "head.safetensors",
 )
 FEATURE_TENSORS = ("vector_mean", "vector_scale", "components", "style_mean", "style_scale")  # [e] [e] [p, e] [s] [s]
-LOWRANK_TENSORS = ("theta", "basis", "embedding_variance", "reliability_variance")  # [d] [d, r] [1] [1]
+LOWRANK_TENSORS = ("theta", "basis", "reliability_variance")  # [d] [d, r] [1]
 MIXTURE_TENSORS = ("theta", "weights", "reliability_variance")  # [K, d] [K] [1]
 HEAD_TENSORS = ("weight", "center", "scale")  # [d] [1] [1]; score = scale * (h @ weight - center)
+PERSONAL_FILE = "personal.safetensors"
+PERSONAL_TENSORS = (
+    *HEAD_TENSORS,
+    "basis",
+    "basis_center",
+)  # [d, r] [r]; a person's weight is weight + basis @ embedding
 
 
 # ------------------------------------------------------------------------------------------------------------- manifest
@@ -303,10 +317,14 @@ class BaseModelReference(_Frozen):
     role: Literal["encoder", "backbone", "policy"]
 
 
-class Gate(_Frozen):
-    """Whether a coterie serves a reward of its own, and why."""
+Verdict = Literal["one-taste", "continuous", "coteries"]
+Ships = Literal["one-reward", "embedding", "coteries"]
 
-    coterie: int
+
+class Gate(_Frozen):
+    """Whether a coterie, or everybody by their embedding (no coterie), is served by a reward of their own, and why."""
+
+    coterie: int | None
     serves: Literal["own", "global"]
     reason: str
 
@@ -314,7 +332,7 @@ class Gate(_Frozen):
 class Manifest(_Frozen):
     """manifest.json of a bundle."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     model_version: str  # content hash of the files
     mixture_version: str
@@ -325,7 +343,8 @@ class Manifest(_Frozen):
     rank: int
     features: int
     style_names: list[str]
-    verdict: str
+    verdict: Verdict
+    ships: Ships
     key_fingerprint: str | None  # of the pseudonym key; None: worker ids are used as they came
     gates: list[Gate]
     metrics: dict[str, float]
@@ -374,13 +393,34 @@ class Candidate(_Frozen):
 
 
 class Selection(_Frozen):
-    """What was chosen and what it was chosen among."""
+    """What was found, what it was chosen among, and what is shipped for it."""
 
-    verdict: Literal["one-taste", "continuous", "coteries"]
-    member: str
+    verdict: Verdict
+    member: str  # of the family that the verdict rests on
+    size: int  # its coteries or directions
     coteries: int
-    insisted: bool = False  # the recipe fixed the number
+    ships: Ships  # embedding: a person's reward is (theta + U a_i) . h
+    insisted: bool = False  # the recipe fixed what is shipped, or the number of coteries
+    confidence: float | None = None  # share of resamples of the workers that give the same verdict
+    gain: Estimate | None = None  # held-out log-loss of pooled + reliability minus that of the best taste member
     candidates: list[Candidate] = Field(default_factory=list)
+
+
+class Heterogeneity(_Frozen):
+    """A test of "everybody wants the same, some are careless"."""
+
+    statistic: float  # held-out gain in nats a comparison
+    p_value: float
+    replicates: int
+    null: str
+
+
+class StyleWeight(_Frozen):
+    """What a coterie weighs a readable feature more than everybody; `words` say what is liked by the weight's sign."""
+
+    name: str
+    words: str
+    weight: Estimate
 
 
 class CoterieSummary(_Frozen):
@@ -392,6 +432,7 @@ class CoterieSummary(_Frozen):
     serves: Literal["own", "global"]
     own_vs_global: Quality
     likes: list[str] = Field(default_factory=list)
+    style: list[StyleWeight] = Field(default_factory=list)
 
 
 class Metrics(_Frozen):
@@ -401,7 +442,7 @@ class Metrics(_Frozen):
     seed: int
     versions: dict[str, str]
     data: dict[str, int]  # workers, comparisons, refused
-    heterogeneity: dict[str, float | str] | None = None  # statistic, p_value, replicates, null
+    heterogeneity: Heterogeneity | None = None
     selection: Selection
     heldout: dict[str, Any]  # seen: Heldout, unseen_by_shots: {"0": Heldout, ...}
     stability: dict[str, float]

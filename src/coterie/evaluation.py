@@ -1,13 +1,14 @@
 """Held-out quality: own against global against wrong coterie, what is shipped against the pooled reward, and the gate.
 
 Validation prompts decide (the gate), test prompts report. All means are macro: every worker counts once. Ties count in
-the log-loss and not in the accuracy, where a tie has no right answer. Intervals are percentiles of a bootstrap over
-workers and prompts, paired between models (docs/method, sections 2 and 9). Differences are a model's minus its
+the log-loss and not in the accuracy, where a tie has no right answer. Intervals come from a bootstrap over workers
+and prompts, paired between models (bootstrap.py; docs/method, sections 2 and 9). Differences are a model's minus its
 baseline's: accuracy gains are positive, log-loss gains negative.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,106 +16,41 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import expit
 
+from coterie.bootstrap import FEWEST_WORKERS, TwoWayBootstrap
 from coterie.config import EvaluateSettings
 from coterie.contracts import (
     ASSIGNMENT,
+    EMBEDDING_REWARD,
     FEATURES_FILE,
     GLOBAL,
+    SPLITS,
     TEST,
     VALIDATION,
     CoterieSummary,
-    Estimate,
     Gate,
     Heldout,
     Quality,
+    Ships,
+    StyleWeight,
     matrix,
 )
+from coterie.discovery.discover import fit_embedding
 from coterie.discovery.features import FeatureMap
 from coterie.discovery.logistic import log_loss
-from coterie.discovery.votes import Votes, load_votes
-from coterie.encoding.style import STYLE_WORDS
+from coterie.discovery.mixture import MixtureReward
+from coterie.discovery.newcomers import Member, learning_curve
+from coterie.discovery.pooled import ReliabilityReward
+from coterie.discovery.votes import VoteFile, Votes, joined, load_votes
 from coterie.errors import BadData
-from coterie.rewards import RewardHead
-from coterie.scoring import average, served_heads
+from coterie.portraits import calibration_curve, likes, style_weights
+from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
+from coterie.scoring import average
 
 Array = NDArray[Any]
 
-FEWEST_WORKERS = 10  # an interval over fewer would not mean what it says
 _DECILE_COMPARISONS = 5  # a worker's accuracy over fewer is noise, not a bad reward
-_MOST_GROUPS = 2000  # workers or prompts past it are resampled in random groups, so that memory stays bounded
-_NOTABLE = 0.1  # logits a standard style difference: what a coterie weighs differently by less is not told
-
-
-class TwoWayBootstrap:
-    """Percentile intervals for macro means over workers, of a bootstrap over workers and over prompts.
-
-    Both are random, so that an interval speaks about new people and new prompts. Multiplying the resampled multiplicities
-    of worker and prompt (the pigeonhole bootstrap, Owen 2007, Annals of Applied Statistics 1(2)) counts the noise of single
-    votes three times, and votes are mostly noise. Here the deviations of a bootstrap over workers and of one over prompts
-    are added, after the prompts' are shrunk to what prompts share beyond that noise, as in two-way clustered variances
-    (Cameron, Gelbach and Miller 2011, Journal of Business & Economic Statistics 29(2)). Percentiles are expanded for few
-    workers or prompts (Hesterberg 2015, The American Statistician 69(4)).
-
-    The same resamples serve every statistic: differences are paired.
-
-    Args:
-        votes: the comparisons, ordered by worker.
-        replicates: resamples.
-        level: of the intervals.
-        seed: of the resamples.
-    """
-
-    def __init__(self, votes: Votes, replicates: int, level: float, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self._votes, self._level = votes, level
-        prompts, self._prompt = np.unique(votes.prompt, return_inverse=True)
-        self._worker_group, self._worker_weights = _resamples(votes.n_workers, replicates, rng)
-        self._prompt_group, self._prompt_weights = _resamples(len(prompts), replicates, rng)
-
-    def estimate(self, values: Array, valid: Array, workers: Array) -> Estimate:
-        """Macro mean of values [n] where `valid` [n], over the workers [n_workers, bool]; with its interval."""
-        worker, prompt = self._votes.worker, self._prompt
-        rows = valid & workers[worker]
-        kept = np.where(rows, values, 0.0)
-        total, count = (self._votes.sum_by_worker(v) for v in (kept, rows.astype(float)))
-        counted = count > 0
-        n = int(counted.sum())
-        if not n:
-            return Estimate(value=None, level=self._level)
-        means = np.divide(total, count, out=np.zeros_like(total), where=counted)
-        value = float(means.sum() / n)
-        if n < FEWEST_WORKERS:
-            return Estimate(value=value, level=self._level)
-
-        groups = len(self._worker_weights)
-        sums, sizes = (
-            np.bincount(self._worker_group, v, groups) @ self._worker_weights for v in (means, counted.astype(float))
-        )
-        by_workers = sums / np.maximum(sizes, 1) - value
-
-        influence = np.zeros(len(values))  # of each comparison on the macro mean
-        influence[rows] = (kept[rows] - value) / (count[worker[rows]] * n)
-        of_prompt = np.bincount(prompt, influence)
-        noise, spread = float((influence**2).sum()), float((of_prompt**2).sum())
-        shared = np.sqrt(max(0.0, 1 - noise / spread)) if spread > 0 else 0.0
-        of_group = np.bincount(self._prompt_group, of_prompt, len(self._prompt_weights))
-        by_prompts = of_group @ (self._prompt_weights - 1)
-
-        few = min(n, len(np.unique(prompt[rows]))) if shared > 0 else n
-        tail = stats.norm.cdf(np.sqrt(few / (few - 1)) * stats.t.ppf((1 - self._level) / 2, few - 1))
-        low, high = value + np.quantile(by_workers + shared * by_prompts, [tail, 1 - tail])
-        return Estimate(value=value, low=float(low), high=float(high), level=self._level)
-
-
-def _resamples(units: int, replicates: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """The group of each unit, and multiplicities [groups, replicates] float32; a group is a unit while they are few."""
-    groups = min(units, _MOST_GROUPS)
-    group = rng.permutation(units) % groups
-    weights = rng.multinomial(groups, np.full(groups, 1 / groups), replicates).T
-    return group, np.ascontiguousarray(weights, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -144,7 +80,7 @@ class _Judged:
 def evaluate(
     embedded: Path, clustered: Path, rewards: Mapping[str, Path], out: Path, settings: EvaluateSettings
 ) -> dict[str, Any]:
-    """Judge the rewards (by name: global, coterie-0 ...) on held-out prompts.
+    """Judge the rewards (by name: global, coterie-0 ..., embedding) on held-out prompts.
 
     Args:
         embedded: folder of the embed stage. clustered: of the cluster stage. rewards: folders of the heads.
@@ -152,15 +88,18 @@ def evaluate(
         settings: replicates, level, seed.
 
     Returns:
-        gates, matrix (accuracy and log_loss, [people of coterie, model]), own_wrong, heldout, worst, calibration,
-        coteries: the parts of contracts.Metrics that are held-out quality.
+        gates, ships (after them), matrix (accuracy and log_loss, [people of coterie, model]), own_wrong, heldout, worst,
+        calibration, coteries: the parts of contracts.Metrics that are held-out quality.
 
     Raises:
         BadData: an input is missing, or no test or validation prompt is there.
     """
-    columns = ASSIGNMENT.read(clustered / "assignments.parquet", ["coterie", "posterior", "comparisons"])
-    posterior, coterie = matrix(columns["posterior"]).astype(np.float64), columns["coterie"].to_numpy()
-    heads = {name: RewardHead.load(folder) for name, folder in rewards.items()}
+    table = ASSIGNMENT.read(
+        clustered / "assignments.parquet", ["coterie", "posterior", "comparisons", "embedding", "reliability"]
+    )
+    posterior, coterie = matrix(table["posterior"]).astype(np.float64), table["coterie"].to_numpy()
+    found = json.loads((clustered / "metrics.json").read_text(encoding="utf-8"))
+    heads = {name: RewardHead.load(folder) for name, folder in rewards.items() if name != EMBEDDING_REWARD}
     n_coteries = posterior.shape[1]
     if missing := [k for k in range(n_coteries) if f"coterie-{k}" not in heads]:
         raise BadData(f"no reward of coterie {', '.join(map(str, missing))}; run `coterie reward` for all of them")
@@ -170,13 +109,34 @@ def evaluate(
     people = [coterie == k for k in range(n_coteries)]
     everybody = np.ones(len(coterie), dtype=bool)
 
-    gates = [_gate(k, validation, people[k], n_coteries) for k in range(n_coteries)]
-    own = [gate.serves == "own" for gate in gates]
-    common = test.margins[:, 0]
-    served = np.stack([head.margin(test.votes.x) for head in served_heads(heads, n_coteries, own)], axis=1)
-    shipped = average(served, posterior[test.votes.worker])
+    gates = [_gate(k, validation, people[k], validation.margins[:, 1 + k], n_coteries) for k in range(n_coteries)]
+    ships: Ships = found["selection"]["ships"]
+    common = shipped = test.margins[:, 0]
+    if ships == "coteries":
+        served = served_heads(heads, n_coteries, serving_own(gates))
+        margins = np.stack([head.margin(test.votes.x) for head in served], axis=1)
+        shipped = average(margins, posterior[test.votes.worker])
+    elif ships == "embedding":
+        if EMBEDDING_REWARD not in rewards:
+            raise BadData("people are to be served by their embedding, and no reward does that; run `coterie reward`")
+        personal, places = PersonalHead.load(rewards[EMBEDDING_REWARD]), matrix(table["embedding"])
+        own = personal.margin(validation.votes.x, places[validation.votes.worker])
+        gates.append(_gate(None, validation, everybody, own, 2))
+        if gates[-1].serves == "own":
+            shipped = personal.margin(test.votes.x, places[test.votes.worker])
+        else:
+            ships = "one-reward"
     overall, gain = test.quality(shipped, everybody), test.quality(shipped, everybody, common)
-    counts = columns["comparisons"].to_numpy()
+    counts = table["comparisons"].to_numpy()
+    styles = style_weights(
+        _pooled([validation.votes, test.votes]),
+        posterior,
+        table["reliability"].to_numpy().astype(np.float64),
+        heads,
+        _precisions(rewards, (len(validation.votes) + len(test.votes)) / counts.sum()),
+        features,
+        settings.level,
+    )
     summaries = [
         CoterieSummary(
             id=k,
@@ -184,20 +144,20 @@ def evaluate(
             comparisons=int(counts[people[k]].sum()),
             serves=gates[k].serves,
             own_vs_global=test.quality(test.margins[:, 1 + k], people[k], common),
-            likes=_likes(heads[f"coterie-{k}"], heads[GLOBAL], features)
-            if n_coteries > 1
-            else _likes(heads[GLOBAL], None, features),
+            likes=likes(styles[k]),
+            style=[StyleWeight(**weight) for weight in styles[k]],
         )
         for k in range(n_coteries)
     ]
-    table = [[test.quality(test.margins[:, m], who) for m in range(len(models))] for who in people]
+    cells = [[test.quality(test.margins[:, m], who) for m in range(len(models))] for who in people]
     return {
         "level": settings.level,
+        "ships": ships,
         "gates": [gate.model_dump() for gate in gates],
         "matrix": {
             "models": [GLOBAL, *(f"coterie-{k}" for k in range(n_coteries))],
-            "accuracy": [[cell.accuracy.model_dump() for cell in row] for row in table],
-            "log_loss": [[cell.log_loss.model_dump() for cell in row] for row in table],
+            "accuracy": [[cell.accuracy.model_dump() for cell in row] for row in cells],
+            "log_loss": [[cell.log_loss.model_dump() for cell in row] for row in cells],
         },
         "own_wrong": [_against_wrong(k, test, people[k]) for k in range(n_coteries)] if n_coteries > 1 else [],
         "heldout": {
@@ -208,29 +168,82 @@ def evaluate(
                 "accuracy_interval": overall.accuracy.model_dump(),
                 "pooled": test.quality(common, everybody).model_dump(),
             },
-            "unseen_by_shots": {},
+            **_unseen(embedded, found, settings),
         },
         "worst": _worst(test, shipped, people),
         "calibration": _calibration(shipped, test.votes.y),
+        "calibration_curve": calibration_curve(shipped, test.votes.y),
         "coteries": [summary.model_dump() for summary in summaries],
         "test_comparisons": len(test.votes),
         "validation_comparisons": len(validation.votes),
     }
 
 
+def _unseen(embedded: Path, found: Mapping[str, Any], settings: EvaluateSettings) -> dict[str, Any]:
+    """Quality for new workers after some of their comparisons, by the member that is shipped, and its temperature."""
+    selection, priors = found["selection"], found["priors"]
+    base = ReliabilityReward(priors["precision"], priors["reliability_variance"])
+    if selection["ships"] == "embedding":
+        member, size, prior = priors["embedding"]
+
+        def make(votes: Votes, base: ReliabilityReward) -> Member:
+            return fit_embedding(votes, member, size, prior, base, settings.seed)
+    else:
+        coteries = selection["coteries"] if selection["ships"] == "coteries" else 1
+
+        def make(votes: Votes, base: ReliabilityReward) -> Member:
+            precision, variance = priors["coterie_precision"], base.reliability_variance
+            return MixtureReward(coteries, precision, variance, base, seed=settings.seed).fit(votes)
+
+    train, validation, test = (VoteFile(embedded / "differences.parquet", split) for split in SPLITS)
+    curve = learning_curve(train, validation, test, make, base, settings.seed)
+    if curve is None:
+        return {"unseen_by_shots": {}}
+    bootstrap = TwoWayBootstrap(curve.votes, settings.replicates, settings.level, settings.seed)
+    judged = _Judged(curve.votes, curve.pooled[:, None], bootstrap)
+    everybody = np.ones(curve.votes.n_workers, bool)
+    shots = {}
+    for k, logits in curve.logits.items():
+        quality, difference = judged.quality(logits, everybody), judged.quality(logits, everybody, curve.pooled)
+        shots[str(k)] = Heldout(
+            accuracy=quality.accuracy.value, log_loss=quality.log_loss.value, difference_to_pooled=difference
+        ).model_dump() | {"workers": len(curve.newcomers)}
+    return {"unseen_by_shots": shots, "temperature": curve.temperature}
+
+
+def _pooled(parts: list[Votes]) -> Votes:
+    """Votes of several splits as one set."""
+    votes = joined(parts, parts[0].n_workers)
+    return Votes.of(votes.x, votes.y, votes.worker, votes.prompt, votes.n_workers, votes.weight)
+
+
+def _precisions(rewards: Mapping[str, Path], share: float) -> dict[str, float]:
+    """The precision of each head's prior, for this share of its comparisons."""
+    folders = {name: folder for name, folder in rewards.items() if name != EMBEDDING_REWARD}
+    return {
+        name: share * json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["precision"]
+        for name, folder in folders.items()
+    }
+
+
 def _judge(embedded: Path, split: str, models: list[RewardHead], settings: EvaluateSettings) -> _Judged:
-    votes = load_votes(embedded / "differences.parquet", (split,))
+    votes = load_votes(embedded / "differences.parquet", split)
     margins = np.stack([head.margin(votes.x) for head in models], axis=1)
     return _Judged(votes, margins, TwoWayBootstrap(votes, settings.replicates, settings.level, settings.seed))
 
 
-def _gate(k: int, validation: _Judged, people: Array, coteries: int) -> Gate:
-    """A coterie serves its own reward only if it beats the global one on its own people's validation prompts."""
+def _gate(k: int | None, validation: _Judged, people: Array, own: Array, coteries: int) -> Gate:
+    """A coterie serves its own reward, of margins own [n], only if it beats the global one on its people's validation
+    prompts; and so with everybody (no coterie) and the reward by embedding."""
     if coteries == 1:
         return Gate(coterie=k, serves="global", reason="one reward serves everybody")
-    gain = validation.quality(validation.margins[:, 0], people, validation.margins[:, 1 + k]).log_loss
+    gain = validation.quality(validation.margins[:, 0], people, own).log_loss
     if gain.low is None or gain.high is None:
-        return Gate(coterie=k, serves="global", reason=f"fewer than {FEWEST_WORKERS} workers with validation prompts")
+        return Gate(
+            coterie=k,
+            serves="global",
+            reason=f"fewer than {FEWEST_WORKERS} workers, or too few validation prompts, for an interval",
+        )
     told = f"{gain.value:.4f} nats a comparison [{gain.low:.4f}, {gain.high:.4f}]"
     if gain.low > 0:
         return Gate(coterie=k, serves="own", reason=f"it beats the global reward on validation prompts by {told}")
@@ -249,16 +262,6 @@ def _against_wrong(k: int, test: _Judged, people: Array) -> dict[str, Any]:
         "accuracy": test.bootstrap.estimate(hits, y != 0.5, people).model_dump(),
         "log_loss": test.bootstrap.estimate(losses, everything, people).model_dump(),
     }
-
-
-def _likes(head: RewardHead, common: RewardHead | None, features: FeatureMap) -> list[str]:
-    """What a reward weighs most, compared with the common one if there is one, in words; the strongest first, three at most."""
-    difference = head.scale * head.weight
-    if common is not None:
-        difference = difference - common.scale * common.weight
-    style = [(float(d), name) for d, name in zip(difference, features.names, strict=True) if name in STYLE_WORDS]
-    notable = sorted((item for item in style if abs(item[0]) > _NOTABLE), key=lambda item: -abs(item[0]))
-    return [STYLE_WORDS[name][0 if weight > 0 else 1] for weight, name in notable[:3]]
 
 
 def _worst(test: _Judged, shipped: Array, people: list[Array]) -> dict[str, float]:

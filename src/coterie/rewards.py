@@ -8,6 +8,7 @@ beta: `scale` makes sigmoid(score difference) the calibrated probability of a wo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,14 +21,20 @@ from scipy.special import expit
 from coterie.config import RewardSettings
 from coterie.contracts import (
     ASSIGNMENT,
+    EMBEDDING_REWARD,
     GLOBAL,
     HEAD_FILE,
     HEAD_TENSORS,
+    MODEL_FILE,
+    PERSONAL_FILE,
+    PERSONAL_TENSORS,
     TRAIN,
     VALIDATION,
+    Gate,
     matrix,
     replacing,
 )
+from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.logistic import gram, log_loss
 from coterie.discovery.votes import Votes, load_votes
 from coterie.errors import BadData, RunFailed
@@ -142,20 +149,88 @@ class RewardHead:
         Raises:
             BadData: no such file, or not a reward head.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        file = path / HEAD_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise BadData(f"{file}: no reward head. Run the reward stage first.")
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise BadData(f"{file}: not a readable safetensors file ({error}). Run the reward stage again.") from error
-        if set(tensors) != set(HEAD_TENSORS) or tensors["weight"].ndim != 1:
-            raise BadData(f"{file}: holds {', '.join(sorted(tensors))}, not a reward head. Run the reward stage again.")
+        tensors = _tensors(path / HEAD_FILE if path.is_dir() else path, HEAD_TENSORS)
         weight, center, scale = (tensors[name].astype(np.float64) for name in HEAD_TENSORS)
         return cls(weight, float(center[0]), float(scale[0]))
+
+
+@dataclass(frozen=True)
+class PersonalHead:
+    """A reward for each person: theta and U of a member with embeddings, calibrated as one (docs/method, section 2).
+
+    Attributes:
+        common: what everybody wants.
+        basis: [d, r].
+        basis_center: [r], mean of h @ basis over the reference responses.
+    """
+
+    common: RewardHead
+    basis: Array
+    basis_center: Array
+
+    def of(self, embedding: Array) -> RewardHead:
+        """The head of a person with this embedding [r]; its mean score over the reference responses is zero."""
+        common = self.common
+        return replace(
+            common,
+            weight=common.weight + self.basis @ embedding,
+            center=common.center + float(self.basis_center @ embedding),
+        )
+
+    def margin(self, x: Array, embeddings: Array) -> Array:
+        """Score differences [n] of comparisons x [n, d] by people with embeddings [n, r]."""
+        own = np.einsum("nr,nr->n", np.asarray(x, dtype=np.float64) @ self.basis, embeddings)
+        margins: Array = self.common.margin(x) + self.common.scale * own
+        return margins
+
+    def centered(self, reference: Array) -> PersonalHead:
+        """The same heads with mean score zero over the reference responses [n, d]."""
+        mean = np.asarray(reference, dtype=np.float64).mean(axis=0)
+        return replace(self, common=self.common.centered(reference), basis_center=mean @ self.basis)
+
+    def save(self, path: Path) -> None:
+        """Write the heads as safetensors with the names of contracts.PERSONAL_TENSORS, float32."""
+        from safetensors.numpy import save_file
+
+        common = self.common
+        values = (common.weight, np.array([common.center]), np.array([common.scale]), self.basis, self.basis_center)
+        tensors = {n: np.ascontiguousarray(v, np.float32) for n, v in zip(PERSONAL_TENSORS, values, strict=True)}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote; `path` is the file or the folder that holds it. Raises BadData."""
+        tensors = _tensors(path / PERSONAL_FILE if path.is_dir() else path, PERSONAL_TENSORS)
+        weight, center, scale, basis, basis_center = (tensors[name].astype(np.float64) for name in PERSONAL_TENSORS)
+        return cls(RewardHead(weight, float(center[0]), float(scale[0])), basis, basis_center)
+
+
+def _tensors(file: Path, names: tuple[str, ...]) -> dict[str, Array]:
+    """The tensors of a reward. Raises BadData: no such file, or not this kind of reward."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not file.is_file():
+        raise BadData(f"{file}: no reward head. Run the reward stage first.")
+    try:
+        tensors: dict[str, Array] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BadData(f"{file}: not a readable safetensors file ({error}). Run the reward stage again.") from error
+    if set(tensors) != set(names) or tensors["weight"].ndim != 1:
+        raise BadData(f"{file}: holds {', '.join(sorted(tensors))}, not a reward head. Run the reward stage again.")
+    return tensors
+
+
+def serving_own(gates: Sequence[Gate]) -> list[bool]:
+    """Whether each coterie, in the order of their numbers, serves its own reward."""
+    of_coteries = {gate.coterie: gate.serves == "own" for gate in gates if gate.coterie is not None}
+    return [of_coteries[k] for k in sorted(of_coteries)]
+
+
+def served_heads(heads: Mapping[str, RewardHead], coteries: int, own: Sequence[bool]) -> list[RewardHead]:
+    """The head that each coterie serves: its own, or the global one where the gate said so."""
+    return [heads[f"coterie-{k}"] if own[k] else heads[GLOBAL] for k in range(coteries)]
 
 
 @dataclass(frozen=True)
@@ -247,7 +322,7 @@ def _fit(
 
 def _weighted(votes: Votes, responsibility: Array, reliability: Array) -> tuple[Array, Array, Array]:
     """beta x, y and weights of the comparisons whose worker counts."""
-    weight = responsibility[votes.worker]
+    weight = votes.weighted(responsibility[votes.worker])
     rows = weight > 0
     x = votes.x[rows] * reliability[votes.worker[rows]].astype(np.float32)[:, None]
     return x, votes.y[rows], weight[rows]
@@ -261,17 +336,17 @@ def train_reward(
     embedded: Path,
     clustered: Path,
     out: Path,
-    coterie: int | Literal["global"],
+    coterie: int | Literal["global", "embedding"],
     settings: RewardSettings,
     global_reward: Path | None = None,
 ) -> dict[str, float]:
-    """Fit one head and write it to out/head.safetensors.
+    """Fit one head and write it to out/head.safetensors (by embedding: out/personal.safetensors).
 
     Args:
         embedded: folder of the embed stage (differences.parquet).
         clustered: folder of the cluster stage (assignments.parquet).
         out: folder to write to.
-        coterie: number of the coterie, or "global".
+        coterie: number of the coterie, "global", or "embedding": everybody by their own.
         settings: the stage's settings.
         global_reward: folder of the global head; needed for a coterie.
 
@@ -283,8 +358,10 @@ def train_reward(
         BadData: an input is missing, or there is no such coterie.
     """
     path = embedded / "differences.parquet"
-    train, validation = load_votes(path, (TRAIN,)), load_votes(path, (VALIDATION,))
+    train, validation = load_votes(path, TRAIN), load_votes(path, VALIDATION)
     columns = ASSIGNMENT.read(clustered / "assignments.parquet", columns=["posterior", "reliability"])
+    if coterie == EMBEDDING_REWARD:
+        return _train_personal(embedded, clustered, out, validation)
     posterior = matrix(columns["posterior"]).astype(np.float64)
     reliability = columns["reliability"].to_numpy().astype(np.float64)
     if coterie == GLOBAL:
@@ -313,3 +390,21 @@ def train_reward(
         **extra,
     }
     return {name: value for name, value in figures.items() if np.isfinite(value)}
+
+
+def _train_personal(embedded: Path, clustered: Path, out: Path, validation: Votes) -> dict[str, float]:
+    """What embed learned, theta and U, with the scale of least log-loss on validation comparisons."""
+    embeddings = matrix(ASSIGNMENT.read(clustered / "assignments.parquet", columns=["embedding"])["embedding"])
+    model = EmbeddingReward().restore(embedded / MODEL_FILE, embeddings, np.zeros(len(embeddings)))
+    basis = model.basis_.astype(np.float64)
+    head = PersonalHead(RewardHead(model.theta_.astype(np.float64)), basis, np.zeros(basis.shape[1]))
+    margin, weight = head.margin(validation.x, embeddings[validation.worker]), np.ones(len(validation))
+    # The margins are calibrated as the one feature of a head.
+    scale = RewardHead(np.ones(1)).calibrated(margin[:, None], validation.y, weight).scale
+    head = replace(head, common=replace(head.common, scale=scale))
+    head.save(out / PERSONAL_FILE)
+    return {
+        "rank": float(basis.shape[1]),
+        "scale": scale,
+        "validation_log_loss": _mean_loss(scale * margin, validation.y, weight),
+    }

@@ -80,14 +80,24 @@ def route(profile: Profile | None, mixture_version: str, now: datetime, max_age:
     )
 
 
-def confirm(given: Route, mixture_version: str, coteries: int) -> Route:
-    """The route as the predictor takes it: its own mixture and number of coteries decide, whoever chose the route."""
+def confirm(given: Route, mixture_version: str, coteries: int, rank: int | None = None) -> Route:
+    """The route as the predictor takes it: its own mixture decides, whoever chose the route.
+
+    Args:
+        given: the route of a request.
+        mixture_version: the mixture that the predictor serves.
+        coteries: its number of coteries.
+        rank: length of an embedding, where people are served by theirs.
+    """
     if given.source == "global":
         return given
     if given.mixture_version != mixture_version:
         return fall_back("other-mixture")
     posterior = given.posterior or []
     if len(posterior) != coteries or not is_posterior(posterior) or given.coterie not in range(coteries):
+        return fall_back("damaged-profile")
+    embedding = given.embedding or []
+    if rank is not None and not (len(embedding) == rank and np.isfinite(embedding).all()):
         return fall_back("damaged-profile")
     return given
 

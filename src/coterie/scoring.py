@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from coterie.config import EncodeSettings
 from coterie.contracts import GLOBAL, Prediction, RoutedInstance
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
-from coterie.rewards import RewardHead
+from coterie.rewards import served_heads, serving_own
 from coterie.routing import confirm
 
 Array = NDArray[np.floating]
@@ -36,11 +37,6 @@ def leading_coteries(posterior: Array, mass: float = MASS) -> Array:
     return normalised
 
 
-def served_heads(heads: dict[str, RewardHead], coteries: int, own: Sequence[bool]) -> list[RewardHead]:
-    """The head that each coterie serves: its own, or the global one where the gate said so."""
-    return [heads[f"coterie-{k}"] if own[k] else heads[GLOBAL] for k in range(coteries)]
-
-
 def average(scores: Array, posterior: Array) -> Array:
     """Average scores [n, K] of the coteries' heads over the leading coteries of posteriors [n, K]: [n].
 
@@ -48,6 +44,15 @@ def average(scores: Array, posterior: Array) -> Array:
     """
     averaged: Array = (scores * leading_coteries(posterior)).sum(axis=1)
     return averaged
+
+
+class Question(NamedTuple):
+    """Responses to a prompt, and what is known of the person whose preference is asked: nothing, for the global reward."""
+
+    prompt: str
+    responses: Sequence[str]
+    posterior: Sequence[float] | None = None  # [K]
+    embedding: Sequence[float] | None = None  # [rank]; serves where the bundle ships "embedding"
 
 
 @dataclass(frozen=True)
@@ -78,45 +83,66 @@ class Scorer:
                 f"{encoder.revision}. Install that revision, or make the bundle again."
             )
         self.bundle, self._encoder = bundle, encoder
-        own = [gate.serves == "own" for gate in sorted(bundle.manifest.gates, key=lambda gate: gate.coterie)]
         self._global = bundle.heads[GLOBAL]
-        self._served = served_heads(bundle.heads, bundle.manifest.coteries, own)
+        self._served = served_heads(bundle.heads, bundle.manifest.coteries, serving_own(bundle.manifest.gates))
 
-    def score(self, prompt: str, responses: Sequence[str], posterior: Sequence[float] | None = None) -> Scored:
-        """Score responses [n] to one prompt for a posterior over the coteries [K]; None: the global reward."""
-        return self.score_many([(prompt, responses, posterior)])[0]
+    def score(
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        posterior: Sequence[float] | None = None,
+        embedding: Sequence[float] | None = None,
+    ) -> Scored:
+        """Score responses [n] to one prompt for a person; without posterior [K] and embedding [rank]: the global reward."""
+        return self.score_many([Question(prompt, responses, posterior, embedding)])[0]
 
-    def score_many(self, instances: Sequence[tuple[str, Sequence[str], Sequence[float] | None]]) -> list[Scored]:
-        """Score several (prompt, responses, posterior) with one call of the encoder.
+    def score_many(self, questions: Sequence[Question]) -> list[Scored]:
+        """Score several questions with one call of the encoder.
 
         Raises:
-            BadBundle: a posterior of another number of coteries than the bundle's.
+            BadBundle: a posterior of another number of coteries than the bundle's, or no embedding of its rank where
+                it ships that.
         """
-        prompts = [prompt for prompt, responses, _ in instances for _ in responses]
-        texts = [text for _, responses, _ in instances for text in responses]
-        h = self.features(prompts, texts)
+        h = self.features(
+            [question.prompt for question in questions for _ in question.responses],
+            [text for question in questions for text in question.responses],
+        )
         by_global = self._global.score(h)
         by_coterie = np.stack([head.score(h) for head in self._served], axis=1) if self._served else by_global[:, None]
         scored, end = [], 0
-        for _, responses, posterior in instances:
-            start, end = end, end + len(responses)
-            scores = by_global[start:end]
-            if posterior is not None:
-                if len(posterior) != by_coterie.shape[1]:
-                    raise BadBundle(
-                        f"a posterior over {len(posterior)} coteries for a bundle of {by_coterie.shape[1]}; "
-                        "the profile belongs to another mixture"
-                    )
-                rows = np.tile(np.asarray(posterior, dtype=np.float64), (len(responses), 1))
-                scores = average(by_coterie[start:end], rows)
-            scored.append(Scored(scores, by_global[start:end], by_coterie[start:end]))
+        for question in questions:
+            start, end = end, end + len(question.responses)
+            rows = slice(start, end)
+            scores = (
+                by_global[rows] if question.posterior is None else self._personal(question, h[rows], by_coterie[rows])
+            )
+            scored.append(Scored(scores, by_global[rows], by_coterie[rows]))
         return scored
+
+    def _personal(self, question: Question, h: Array, by_coterie: Array) -> Array:
+        posterior, embedding = np.asarray(question.posterior, dtype=np.float64), question.embedding
+        if len(posterior) != by_coterie.shape[1]:
+            raise BadBundle(
+                f"a posterior over {len(posterior)} coteries for a bundle of {by_coterie.shape[1]}; "
+                "the profile belongs to another mixture"
+            )
+        if self.bundle.personal is None:
+            return average(by_coterie, np.tile(posterior, (len(h), 1)))
+        if embedding is None or len(embedding) != self.bundle.manifest.rank:
+            raise BadBundle(
+                f"an embedding of {len(embedding or ())} numbers for a bundle of rank {self.bundle.manifest.rank}; "
+                "the profile belongs to another mixture"
+            )
+        return self.bundle.personal.of(np.asarray(embedding, dtype=np.float64)).score(h)
 
     def predict(self, instances: Sequence[RoutedInstance]) -> list[Prediction]:
         """Answer routed instances; a route that this bundle cannot follow falls back to the global reward."""
         manifest = self.bundle.manifest
-        routes = [confirm(instance.route, manifest.mixture_version, manifest.coteries) for instance in instances]
-        scored = self.score_many([(i.prompt, i.responses, r.posterior) for i, r in zip(instances, routes, strict=True)])
+        rank = manifest.rank if self.bundle.personal is not None else None
+        routes = [confirm(instance.route, manifest.mixture_version, manifest.coteries, rank) for instance in instances]
+        scored = self.score_many(
+            [Question(i.prompt, i.responses, r.posterior, r.embedding) for i, r in zip(instances, routes, strict=True)]
+        )
         return [
             Prediction(
                 scores=result.scores.tolist(),
@@ -158,9 +184,16 @@ def check_golden(scorer: Scorer) -> None:
         BadBundle: a score differs by more than GOLDEN_TOLERANCE from what it was when the bundle was made.
     """
     golden = scorer.bundle.golden
-    scored = scorer.score_many([(entry["prompt"], entry["responses"], None) for entry in golden])
-    for entry, now in zip(golden, scored, strict=True):
-        for name, scores in (("global", now.by_global), ("coteries", now.by_coterie)):
+    people = [entry.get("embedding") for entry in golden]
+    uniform = np.full(scorer.bundle.manifest.coteries, 1 / scorer.bundle.manifest.coteries)
+    questions = [
+        Question(entry["prompt"], entry["responses"], None if person is None else uniform.tolist(), person)
+        for entry, person in zip(golden, people, strict=True)
+    ]
+    for entry, now in zip(golden, scorer.score_many(questions), strict=True):
+        told = [("global", now.by_global), ("coteries", now.by_coterie)]
+        told += [("personal", now.scores)] if "personal" in entry else []
+        for name, scores in told:
             off = float(np.abs(np.asarray(entry[name]) - scores).max())
             if not off <= GOLDEN_TOLERANCE:
                 raise BadBundle(

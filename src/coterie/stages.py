@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coterie import contracts
 from coterie.config import (
@@ -84,11 +84,26 @@ def embed(comparisons: Path, vectors: Path, out: Path, settings: EmbedSettings) 
     return _stage("embed", settings, inputs, out, work)
 
 
-def cluster(embedded: Path, out: Path, settings: ClusterSettings) -> dict[str, Any]:
-    """The verdict, the coteries, every worker's posterior. The result's `coteries` lists their ids."""
+def cluster(embedded: Path, out: Path, settings: ClusterSettings, previous: Path | None = None) -> dict[str, Any]:
+    """The verdict, the coteries, every worker's posterior; ids of a `previous` clustering are kept by the same people."""
     from coterie.discovery import cluster
 
-    return _stage("cluster", settings, {"embedded": embedded}, out, lambda folder: cluster(embedded, folder, settings))
+    inputs = {"embedded": embedded} | ({} if previous is None else {"previous": previous})
+    return _stage("cluster", settings, inputs, out, lambda folder: cluster(embedded, folder, settings, previous))
+
+
+def drift(embedded: Path, clustered: Path, comparisons: Path, vectors: Path, out: Path) -> dict[str, Any]:
+    """Whether what people want has changed since an earlier run, by newer comparisons of the same workers."""
+    from coterie.discovery.run import drift_since
+
+    inputs = {
+        "embedded": embedded,
+        "clustered": clustered,
+        "comparisons": _inside(comparisons, COMPARISONS),
+        "vectors": _inside(vectors, VECTORS),
+    }
+    work: Work = lambda folder: drift_since(embedded, clustered, inputs["comparisons"], inputs["vectors"], folder)  # noqa: E731
+    return _stage("drift", Settings(), inputs, out, work)
 
 
 def reward(
@@ -96,10 +111,10 @@ def reward(
     clustered: Path,
     out: Path,
     settings: RewardSettings,
-    coterie: int | None = None,
+    coterie: int | Literal["embedding"] | None = None,
     global_reward: Path | None = None,
 ) -> dict[str, Any]:
-    """The global reward head, or with `coterie` and `global_reward` that coterie's."""
+    """The global reward head, or with `coterie` and `global_reward` that coterie's; "embedding": of every person their own."""
     from coterie.rewards import train_reward
 
     if (coterie is None) != (global_reward is None):
@@ -205,6 +220,24 @@ def report(
     return _stage("report", Settings(), stages, out, work, lambda: {"title": title})
 
 
+def assess(out: Path, ingest_settings: IngestSettings, encode_settings: EncodeSettings, worthwhile: float) -> str:
+    """The stages up to cluster, each in its folder below `out`, and what they say before a GPU is used.
+
+    Writes `out`/assessment.json (assess.Assessment) and `out`/assessment.md, and returns the latter.
+    """
+    from coterie.assess import assess, assessment_markdown
+
+    ingested = ingest(out / "ingest", ingest_settings)
+    encode(out / "ingest", out / "encode", encode_settings)
+    embed(out / "ingest", out / "encode", out / "embed", EmbedSettings())
+    clustered = cluster(out / "embed", out / "cluster", ClusterSettings())
+    assessment = assess(ingested, clustered, out / "embed" / DIFFERENCES, worthwhile)
+    text = assessment_markdown(assessment)
+    contracts.write_text(out / "assessment.json", assessment.model_dump_json(indent=1))
+    contracts.write_text(out / "assessment.md", text)
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------- what they share
 def _stage(
     name: str,
@@ -239,10 +272,11 @@ def _stage(
         _leave_word(name, error)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         failure = RunFailed(
             f"{name}: the disk below {out.parent} is full. Free some space; nothing half-written was left."
+            if full
+            else f"{name}: {out} cannot be written: {error}. Check the folder and its rights."
         )
         _leave_word(name, failure)
         raise failure from error
@@ -268,6 +302,7 @@ def _perform(name: str, key: str, settings: Settings, work: Work, folder: Path) 
 def _place(out: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` fill a temporary folder beside `out`, then put it in the place of `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    _clear_away_killed(out)
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{part}") for part in ("part", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -279,6 +314,17 @@ def _place(out: Path, fill: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_away_killed(out: Path) -> None:
+    """Remove what processes that were killed left beside `out`."""
+    for folder in (*out.parent.glob(f".{out.name}.*.part"), *out.parent.glob(f".{out.name}.*.old")):
+        try:
+            os.kill(int(folder.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (PermissionError, ValueError, IndexError):
+            continue  # somebody else's, who may be at work
 
 
 def _key(name: str, settings: Settings, inputs: Mapping[str, Path], identity: Mapping[str, Any]) -> str:
@@ -333,9 +379,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def reward_name(coterie: int | None) -> str:
-    """Folder name of a reward: `global`, or `coterie-<k>`."""
-    return contracts.GLOBAL if coterie is None else f"coterie-{coterie}"
+def reward_name(coterie: int | str | None) -> str:
+    """Folder name of a reward: `global`, `coterie-<k>` or `embedding`."""
+    if coterie is None or coterie == contracts.EMBEDDING_REWARD:
+        return coterie or contracts.GLOBAL
+    return f"coterie-{coterie}"
+
+
+def audiences(clustered: Mapping[str, Any]) -> list[int | Literal["embedding"]]:
+    """Whose rewards there are beside the global one, by cluster's metrics: the coteries', and by embedding if that ships."""
+    selection = clustered["selection"]
+    personal: list[Literal["embedding"]] = ["embedding"] if selection["ships"] == contracts.EMBEDDING_REWARD else []
+    return [*range(selection["coteries"]), *personal]
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from coterie.discovery.lowrank import LowRankReward
 from coterie.discovery.mixture import MixtureReward
 from coterie.discovery.pooled import ReliabilityReward
-from coterie.discovery.votes import Array, Votes
+from coterie.discovery.votes import Array, VoteSet
 from coterie.errors import BadConfiguration, BadData
 
 Method = Literal["mixture", "kmeans", "ward", "average"]
@@ -45,7 +45,7 @@ def cluster_embeddings(embeddings: Array, n_coteries: int, method: Method, seed:
 
 
 def fit_coteries(
-    votes: Votes,
+    votes: VoteSet,
     n_coteries: int,
     method: Method,
     base: ReliabilityReward,

@@ -25,18 +25,15 @@ from safetensors.numpy import save_file
 from coterie.config import EmbedSettings
 from coterie.contracts import (
     COMPARISON,
-    DIFFERENCE,
     FEATURE_TENSORS,
     TRAIN,
     VECTOR,
     iterate,
     matrix,
     replacing,
-    table_of,
 )
 from coterie.discovery.votes import Array
 from coterie.errors import BadData
-from coterie.progress import progress
 
 _FIT_PAIRS = 100_000  # training pairs that means, scales and components are estimated on
 _ROWS = 16384
@@ -169,75 +166,47 @@ def fit_features(comparisons: Path, vectors: Path, settings: EmbedSettings) -> F
     Raises:
         BadData: not a table of comparisons or vectors, no training pair, or a response without a vector.
     """
-    ids = COMPARISON.read(comparisons, columns=["chosen_id", "rejected_id", "pair_id", "split"])
-    ids = ids.filter(pc.equal(ids["split"].cast(pa.string()), TRAIN))
-    _, first = np.unique(ids["pair_id"].to_numpy(), return_index=True)
-    if len(first) > _FIT_PAIRS:
-        first = np.random.default_rng(settings.seed).choice(first, _FIT_PAIRS, replace=False)
-    ids = ids.take(np.sort(first))
-    sides = pa.concat_arrays([c.combine_chunks() for c in (ids["chosen_id"], ids["rejected_id"])])
-    wanted = pd.Index(pc.unique(sides).to_pandas())
+    sides = _training_pairs(comparisons, settings.seed)
+    wanted, pairs = np.unique(sides, return_inverse=True)
     file = VECTOR.open(vectors)
     schema = file.schema_arrow
     encoded = np.full((len(wanted), schema.field("vector").type.list_size), np.nan, np.float32)
     style = np.full((len(wanted), schema.field("style").type.list_size), np.nan, np.float32)
     found = np.zeros(len(wanted), bool)
     for batch in iterate(file, rows=_ROWS):
-        place = wanted.get_indexer(batch["response_id"].to_pandas())
-        keep = place >= 0
+        names = batch["response_id"].to_numpy(zero_copy_only=False)
+        place = np.minimum(np.searchsorted(wanted, names), max(len(wanted) - 1, 0))
+        keep = wanted[place] == names if len(wanted) else np.zeros(len(names), bool)
         encoded[place[keep]], style[place[keep]] = matrix(batch["vector"])[keep], matrix(batch["style"])[keep]
         found[place[keep]] = True
     if not found.all():
-        raise _missing(wanted[~found][0], vectors)
-    pairs = wanted.get_indexer(sides.to_pandas()).reshape(2, -1).T
+        raise missing_vector(wanted[~found][0], vectors)
     names = json.loads(VECTOR.metadata(vectors).get("style_names", "[]"))
-    return FeatureMap.fit(encoded, style, pairs, settings.components, settings.style, names)
+    return FeatureMap.fit(encoded, style, pairs.reshape(-1, 2), settings.components, settings.style, names)
 
 
-def differences(comparisons: Path, vectors: Path, feature_map: FeatureMap, out: Path) -> list[str]:
-    """Write contracts.DIFFERENCE to `out`, a batch at a time; h of the unique responses is in memory, x never is.
-
-    Returns:
-        The worker ids; a worker's number in the table is its place in this (sorted) list.
-
-    Raises:
-        BadData: not a table of comparisons or vectors, no comparison, or a response without a vector.
-    """
-    vector_file = VECTOR.open(vectors)
-    h = np.empty((vector_file.metadata.num_rows, feature_map.size), np.float32)
-    ids, at = [], 0
-    for batch in iterate(vector_file, rows=_ROWS):
-        h[at : at + len(batch)] = feature_map.transform(matrix(batch["vector"]), matrix(batch["style"]))
-        ids.append(batch["response_id"])
-        at += len(batch)
-    response = pd.Index(pa.chunked_array(ids, pa.string()).to_pandas())
-
-    file = COMPARISON.open(comparisons)
-    names = file.read(columns=["worker_id", "prompt_id"])
-    workers, prompts = (pd.Index(np.unique(names[c].to_numpy())) for c in ("worker_id", "prompt_id"))
-    if not len(workers):
-        raise BadData(f"{comparisons}: there are no comparisons; look at the quarantine of ingest")
-    columns = ["comparison_id", "worker_id", "prompt_id", "chosen_id", "rejected_id", "split", "label"]
-    with DIFFERENCE.writer(out, x=feature_map.size) as writer:
-        bar = progress(total=file.metadata.num_rows, desc="differences", unit="comparisons")
-        for batch in iterate(file, columns, rows=_ROWS):
-            sides = [response.get_indexer(batch[side].to_pandas()) for side in ("chosen_id", "rejected_id")]
-            for side, name in zip(sides, ("chosen_id", "rejected_id"), strict=True):
-                if (side < 0).any():
-                    raise _missing(batch[name][int(np.flatnonzero(side < 0)[0])].as_py(), vectors)
-            rows = {
-                "comparison_id": batch["comparison_id"],
-                "worker": workers.get_indexer(batch["worker_id"].to_pandas()),
-                "prompt": prompts.get_indexer(batch["prompt_id"].to_pandas()),
-                "split": batch["split"],
-                "label": batch["label"],
-                "x": h[sides[0]] - h[sides[1]],
-            }
-            writer.write_table(table_of(rows, DIFFERENCE.schema(x=feature_map.size)))
-            bar.update(len(batch))
-        bar.close()
-    return [str(worker) for worker in workers]
+def _training_pairs(comparisons: Path, seed: int) -> Array:
+    """Chosen and rejected id, [pairs, 2], of training pairs: those whose ids have the smallest hashes, so that any order
+    of the file gives the same sample, and each pair once."""
+    hashes, sides = np.zeros(0, np.uint64), np.zeros((0, 2), object)
+    for batch in iterate(
+        COMPARISON.open(comparisons), ["chosen_id", "rejected_id", "pair_id", "split"], rows=8 * _ROWS
+    ):
+        batch = batch.filter(pc.equal(batch["split"].cast(pa.string()), TRAIN))
+        columns = [batch[name].to_numpy(zero_copy_only=False) for name in ("chosen_id", "rejected_id")]
+        hashes = np.concatenate([hashes, hashed(batch["pair_id"], seed)])
+        sides = np.concatenate([sides, np.stack(columns, axis=1)])
+        hashes, first = np.unique(hashes, return_index=True)
+        hashes, sides = hashes[:_FIT_PAIRS], sides[first[:_FIT_PAIRS]]
+    return sides
 
 
-def _missing(response_id: str, vectors: Path) -> BadData:
+def hashed(ids: pa.Array, seed: int = 0) -> Array:
+    """A 64-bit hash of each id, [n] uint64."""
+    names = ids.to_numpy(zero_copy_only=False)
+    return np.asarray(pd.util.hash_array(names, categorize=False, hash_key=f"{seed:016x}"))
+
+
+def missing_vector(response_id: str, vectors: Path) -> BadData:
+    """The error for a response that was not encoded."""
     return BadData(f"{vectors}: no vector for response {response_id}; encode the comparisons that you embed")

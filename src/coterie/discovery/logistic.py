@@ -9,11 +9,10 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from coterie.discovery.votes import Array, Votes
+from coterie.discovery.votes import Array, Votes, VoteSet
 
 LOGIT_CAP = 4.0  # largest change of a logit in one Newton step
 _ROWS = 2048  # rows of x that are scaled at a time: they stay in the cache
-_HESSIAN_ROWS = 50_000  # that make a good Hessian; at least 200 for each feature
 
 
 def log_loss(logits: Array, y: Array | float) -> Array:
@@ -42,22 +41,17 @@ def gram(x: Array, weights: Array) -> Array:
     return total
 
 
-def mean_hessian(x: Array, theta: Array) -> Array:
-    """The Hessian of the mean log-loss at theta [d], from an even sample of the rows where there are many."""
-    part = x[:: _stride(len(x), x.shape[1])]
-    return gram(part, curvature(part @ theta.astype(np.float32))) / len(part)
-
-
-def _stride(rows: int, features: int) -> int:
-    return max(1, rows // max(_HESSIAN_ROWS, 200 * features))
+def mean_hessian(votes: VoteSet, theta: Array) -> Array:
+    """The Hessian of the mean log-loss at theta [d], estimated on the votes' probe."""
+    probe = votes.probe
+    return gram(probe.x, probe.weighted(curvature(probe.x @ theta.astype(np.float32)))) / len(votes)
 
 
 def newton_step(x: Array, weights: Array, scale: Array, gradient: Array, precision: float) -> tuple[Array, Array]:
     """One step uphill, and the Hessian that it is taken with: sum_j weights_j x_j x_j^T + precision I.
 
-    Of many rows an even sample makes up the Hessian (sub-sampled Newton): the gradient is exact, so that only the rate of
-    convergence feels it. The step is shortened until no logit scale_j x_j.step of the sample changes by more than
-    LOGIT_CAP.
+    The rows are a probe's (sub-sampled Newton: the gradient is exact, so that only the rate of convergence feels it). The
+    step is shortened until no logit scale_j x_j.step of them changes by more than LOGIT_CAP.
 
     Args:
         x: [n, d].
@@ -66,42 +60,58 @@ def newton_step(x: Array, weights: Array, scale: Array, gradient: Array, precisi
         gradient: [d].
         precision: of the prior.
     """
-    rows = np.flatnonzero(weights)
-    stride = _stride(len(rows), x.shape[1])
-    rows = rows[::stride]
-    part = x[rows]
-    hessian = stride * gram(part, weights[rows])
+    rows = weights > 0
+    if not rows.all():
+        x, weights, scale = x[rows], weights[rows], scale[rows]
+    hessian = gram(x, weights)
     hessian[np.diag_indices_from(hessian)] += precision
     step: Array = cho_solve(cho_factor(hessian), gradient)
-    largest = float(np.abs(scale[rows] * (part @ step.astype(np.float32))).max(initial=0))
+    largest = float(np.abs(scale * (x @ step.astype(np.float32))).max(initial=0))
     return step * min(1.0, LOGIT_CAP / max(largest, 1e-12)), hessian
 
 
+def reliability_slopes(log_reliability: Array, margins: Array, weights: Array, votes: Votes) -> tuple[Array, Array]:
+    """Gradient and Gauss-Newton curvature of the log-likelihood by each log beta_i, two [n_workers].
+
+    Args:
+        log_reliability: [n_workers].
+        margins: [K, n], theta_k.x_j.
+        weights: [n_workers, K], how much of a worker belongs to each margin.
+        votes: of these workers.
+    """
+    beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
+    gradient, hessian = np.zeros(votes.n_workers), np.zeros(votes.n_workers)
+    for k, margin in enumerate(margins):
+        logits = beta * margin
+        gradient += weights[:, k] * votes.sum_by_worker(votes.weighted(residual(logits, votes.y) * logits))
+        hessian += weights[:, k] * votes.sum_by_worker(votes.weighted(curvature(logits) * logits**2))
+    return gradient, hessian
+
+
 def reliability_step(
-    log_reliability: Array, margins: Array, weights: Array, votes: Votes, variance: float, centered: bool
+    log_reliability: Array,
+    slopes: tuple[Array, Array],
+    weights: Array,
+    present: Array,
+    variance: float,
+    centered: bool = True,
 ) -> tuple[Array, float]:
-    """One Gauss-Newton step of log beta_i under log beta_i ~ N(0, variance).
+    """One step of log beta_i under log beta_i ~ N(0, variance).
 
     The reliabilities of a coterie and the length of its theta share one scale. `centered` leaves that scale to theta: the
     step has mean 0 over each coterie. Alternating without it crawls along the shared direction.
 
     Args:
         log_reliability: [n_workers].
-        margins: [K, n], theta_k.x_j.
-        weights: [n_workers, K], how much of a worker belongs to each margin.
+        slopes: of `reliability_slopes`.
+        weights: [n_workers, K], how much of a worker belongs to each coterie.
+        present: [n_workers], who has votes.
 
     Returns:
         The new log_reliability, and the largest component of the (constrained) gradient of the log posterior.
     """
-    beta = np.exp(log_reliability).astype(np.float32)[votes.worker]
-    gradient = -log_reliability / variance
-    hessian = np.full(votes.n_workers, 1 / variance)
-    for k, margin in enumerate(margins):
-        logits = beta * margin
-        gradient = gradient + weights[:, k] * votes.sum_by_worker(residual(logits, votes.y) * logits)
-        hessian = hessian + weights[:, k] * votes.sum_by_worker(curvature(logits) * logits**2)
-    present = votes.present
-    gradient[~present] = 0.0
+    gradient = np.where(present, slopes[0] - log_reliability / variance, 0.0)
+    hessian = slopes[1] + 1 / variance
     if centered:
         gradient[present] -= multipliers(gradient[present], hessian[present], weights[present])
     updated = np.clip(log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
@@ -116,4 +126,7 @@ def multipliers(gradient: Array, hessian: Array, weights: Array) -> Array:
     These are the constraints' Lagrange multipliers, spread over the n components by their weights.
     """
     scaled = weights / hessian[:, None]
+    if weights.shape[1] == 1:
+        share = float(scaled[:, 0] @ gradient) / max(float(scaled[:, 0] @ weights[:, 0]), 1e-300)
+        return np.asarray(share * weights[:, 0])
     return np.asarray(weights @ np.linalg.lstsq(weights.T @ scaled, scaled.T @ gradient, rcond=1e-9)[0])

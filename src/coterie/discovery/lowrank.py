@@ -14,23 +14,21 @@ instead of integrating (V_i = 0) lets the basis grow to fit each worker's noise.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
-from safetensors.numpy import save_file
 from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 
-from coterie.contracts import LOWRANK_TENSORS, replacing
-from coterie.discovery.logistic import log_loss, mean_hessian, multipliers
-from coterie.discovery.pooled import PooledReward, ReliabilityReward, Reward
+from coterie.discovery.embedding import EmbeddingReward
+from coterie.discovery.logistic import log_loss, mean_hessian, reliability_step
+from coterie.discovery.pooled import PooledReward, ReliabilityReward
 from coterie.discovery.spectral import taste_directions
-from coterie.discovery.votes import PILOT, Array, Votes, random_workers
+from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, random_workers
 from coterie.errors import BadData
 
 _SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objective; they start from the last one's
-_INFER_SWEEPS = 12
+_START_SWEEPS, _INFER_SWEEPS = 4, 12
 _START_PRECISION = 30.0  # shrinks the one-step tastes that U starts from
 _START_LENGTH = 0.01  # of a column of U at least: 0 is a stationary point
 _RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
@@ -43,9 +41,29 @@ class _Workers:
     mean: Array  # [n_workers, r]
     covariance: Array  # [n_workers, r, r]
     log_reliability: Array  # [n_workers]
+    slopes: tuple[Array, Array]  # gradient and curvature of the bound by log beta_i, two [n_workers]
+
+    @classmethod
+    def prior(cls, n_workers: int, rank: int) -> _Workers:
+        """What is known of workers before their votes."""
+        eye = np.broadcast_to(np.eye(rank), (n_workers, rank, rank)).copy()
+        zeros = (np.zeros(n_workers) for _ in range(3))
+        return cls(np.zeros((n_workers, rank)), eye, next(zeros), (next(zeros), next(zeros)))
+
+    def of(self, workers: slice) -> _Workers:
+        """A view of some workers: what is written there is written here."""
+        slopes = (self.slopes[0][workers], self.slopes[1][workers])
+        return _Workers(self.mean[workers], self.covariance[workers], self.log_reliability[workers], slopes)
+
+    def step(self, present: Array, variance: float, centered: bool) -> None:
+        """A Newton step of all log beta; `centered`, with mean 0, which fixes the scale that it shares with theta and U."""
+        everybody = np.ones((len(present), 1))
+        self.log_reliability[:], _ = reliability_step(
+            self.log_reliability, self.slopes, everybody, present, variance, centered
+        )
 
 
-class LowRankReward(Reward):
+class LowRankReward(EmbeddingReward):
     """P(chosen > rejected | i) = sigmoid(beta_i x.(theta + U a_i)), a_i ~ N(0, I), log beta_i ~ N(0, tau^2).
 
     theta and U are found by L-BFGS on the bound of the marginal likelihood (module docstring), with the workers'
@@ -72,7 +90,6 @@ class LowRankReward(Reward):
         embeddings_: [n_workers, r] float32, a_i; 0 for a worker without votes.
         covariances_: [n_workers, r, r], of a_i given the votes.
         log_reliability_: [n_workers].
-        embedding_variance_: s^2 = 1; the spread of tastes is in the lengths of U's columns.
         n_iter_: L-BFGS iterations on all votes.
         gradient_: the largest component of the gradient where it stopped.
     """
@@ -97,7 +114,7 @@ class LowRankReward(Reward):
         self.max_iter = max_iter
         self.seed = seed
 
-    def fit(self, votes: Votes, y: None = None) -> Self:
+    def fit(self, votes: VoteSet, y: None = None) -> Self:
         """Fit to votes. Raises BadData: a rank above the number of features."""
         if not 1 <= self.rank <= votes.n_features:
             raise BadData(f"rank {self.rank} with {votes.n_features} features; ask for 1 to {votes.n_features}")
@@ -111,34 +128,39 @@ class LowRankReward(Reward):
         theta, basis, workers = self._optimise(votes, theta, basis)
         rotation, lengths, _ = np.linalg.svd(basis.T @ basis)
         rotation *= np.where(lengths > 0, _signs(basis @ rotation), 1.0)
-        self.n_features_in_, self.embedding_variance_ = votes.n_features, 1.0
+        self.n_features_in_ = votes.n_features
         self.theta_, self.basis_ = theta.astype(np.float32), (basis @ rotation).astype(np.float32)
         self.embeddings_ = (workers.mean @ rotation).astype(np.float32)
         self.covariances_ = rotation.T @ workers.covariance @ rotation
         self.log_reliability_ = workers.log_reliability
         return self
 
-    def _optimise(self, votes: Votes, theta: Array, basis: Array | None) -> tuple[Array, Array, _Workers]:
+    def _optimise(self, votes: VoteSet, theta: Array, basis: Array | None) -> tuple[Array, Array, _Workers]:
         n, r = len(votes), self.rank
-        hessian = mean_hessian(votes.x, theta)
+        hessian = mean_hessian(votes, theta)
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:
-            _, directions, spread = taste_directions(votes, theta, r, _START_PRECISION)
+            _, directions, spread = taste_directions(votes.loaded(), theta, r, _START_PRECISION)
             basis = directions * np.maximum(spread, _START_LENGTH)
-        eye = np.broadcast_to(np.eye(r), (votes.n_workers, r, r))
-        workers = _Workers(np.zeros((votes.n_workers, r)), eye.copy(), np.zeros(votes.n_workers))
-        variance = self.reliability_variance_
-        _sweeps(votes, _Projected.of(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
+        workers, variance = _Workers.prior(votes.n_workers, r), self.reliability_variance_
+        self._settle(votes, theta, basis, workers, True, _START_SWEEPS)
         precision = np.concatenate([[self.precision], np.full(r, self.basis_precision)])
 
         def objective(flat: Array) -> tuple[float, Array]:
             stacked = solve_triangular(root, flat.reshape(-1, r + 1), lower=True, trans="T")
-            seen = _Projected.of(votes, stacked[:, 0], stacked[:, 1:])
-            moments = _sweeps(votes, seen, workers, variance, _SWEEPS, centered=True)
-            value, pull = _bound(votes, seen, workers, moments, variance)
-            value += 0.5 * float((precision * stacked**2).sum())
-            gradient = (pull @ votes.x).T + precision * stacked
+
+            def look(those: slice, part: Votes) -> Array:
+                """The bound and, behind it, its gradient [(r + 1) d]."""
+                seen, mine = _Projected.of(part, stacked[:, 0], stacked[:, 1:]), workers.of(those)
+                moments = _sweeps(part, seen, mine, _SWEEPS)
+                value, pull = _bound(part, seen, mine, moments, variance)
+                return np.concatenate([[value], (pull @ part.x).T.ravel()])
+
+            told = votes.total(look)
+            workers.step(votes.present, variance, centered=True)
+            value = told[0] + 0.5 * float((precision * stacked**2).sum())
+            gradient = told[1:].reshape(-1, r + 1) + precision * stacked
             return value / n, solve_triangular(root, gradient, lower=True).ravel() / n
 
         point = (root.T @ np.column_stack([theta, basis])).ravel()
@@ -152,39 +174,43 @@ class LowRankReward(Reward):
                 break
         stacked = solve_triangular(root, point.reshape(-1, r + 1), lower=True, trans="T")
         theta, basis = stacked[:, 0], stacked[:, 1:]
-        _sweeps(votes, _Projected.of(votes, theta, basis), workers, variance, _INFER_SWEEPS, centered=True)
+        self._settle(votes, theta, basis, workers, True, _INFER_SWEEPS)
         return theta, basis, workers
 
-    def save(self, path: Path) -> None:
-        """Write contracts.LOWRANK_TENSORS."""
-        values = (
-            self.theta_,
-            self.basis_,
-            np.array([self.embedding_variance_]),
-            np.array([self.reliability_variance_]),
-        )
-        tensors = {n: np.ascontiguousarray(v, np.float32) for n, v in zip(LOWRANK_TENSORS, values, strict=True)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
+    def _settle(
+        self, votes: VoteSet, theta: Array, basis: Array, workers: _Workers, centered: bool, sweeps: int
+    ) -> None:
+        """Update the workers' posteriors and reliabilities under theta and U."""
 
-    def infer(self, votes: Votes) -> tuple[Array, Array, Array]:
+        def look(those: slice, part: Votes) -> None:
+            seen, mine = _Projected.of(part, theta, basis), workers.of(those)
+            for _ in range(1 if centered else sweeps):
+                _sweeps(part, seen, mine, 1)
+                if not centered:
+                    mine.step(part.present, self.reliability_variance_, centered=False)
+
+        for _ in range(sweeps if centered else 1):
+            for _ in votes.each(look):
+                pass
+            if centered:
+                workers.step(votes.present, self.reliability_variance_, centered=True)
+
+    def infer(self, votes: VoteSet) -> tuple[Array, Array, Array]:
         """Embeddings [n_workers, r], their covariances and log reliabilities of any workers, new ones too, from votes.
 
         A worker without votes gets the prior: 0, I, 0.
         """
         self._check(votes, votes.n_workers)
-        eye = np.broadcast_to(np.eye(self.rank), (votes.n_workers, self.rank, self.rank))
-        workers = _Workers(np.zeros((votes.n_workers, self.rank)), eye.copy(), np.zeros(votes.n_workers))
-        seen = _Projected.of(votes, self.theta_, self.basis_)
-        _sweeps(votes, seen, workers, self.reliability_variance_, _INFER_SWEEPS, centered=False)
+        workers = _Workers.prior(votes.n_workers, self.rank)
+        self._settle(votes, self.theta_, self.basis_, workers, False, _INFER_SWEEPS)
         return workers.mean, workers.covariance, workers.log_reliability
 
     def decision_function(self, votes: Votes) -> Array:
         """Logits [n], moderated by the uncertainty of a_i (MacKay 1992), for workers numbered as in `fit`."""
         self._check(votes, len(self.log_reliability_))
-        workers = _Workers(self.embeddings_, self.covariances_, self.log_reliability_)
-        mean, variance = _moments(votes, _Projected.of(votes, self.theta_, self.basis_), workers)
-        beta = _beta(votes, workers)
+        seen = _Projected.of(votes, self.theta_, self.basis_)
+        mean, variance = _moments(votes, seen, self.embeddings_, self.covariances_)
+        beta = _beta(votes, self.log_reliability_)
         return np.asarray(beta * mean / np.sqrt(1 + np.pi / 8 * beta**2 * variance))
 
 
@@ -208,20 +234,20 @@ def _pairs(rank: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(rank) for j in range(i, rank)]
 
 
-def _moments(votes: Votes, seen: _Projected, workers: _Workers) -> tuple[Array, Array]:
+def _moments(votes: Votes, seen: _Projected, embeddings: Array, covariances: Array) -> tuple[Array, Array]:
     """Mean and variance [n] of each x.(theta + U a_i) under q; a logit is beta_i times that."""
     mean, variance = seen.margins.copy(), np.zeros_like(seen.margins)
-    for m, u in zip(workers.mean.T.astype(np.float32), seen.loadings, strict=True):
+    for m, u in zip(embeddings.T.astype(np.float32), seen.loadings, strict=True):
         mean += m[votes.worker] * u
-    covariance = workers.covariance.astype(np.float32)
+    covariance = covariances.astype(np.float32)
     for (i, j), product in zip(_pairs(len(seen.loadings)), seen.products, strict=True):
         entry = covariance[:, i, j] if i == j else 2 * covariance[:, i, j]
         variance += entry[votes.worker] * product
     return mean, np.maximum(variance, 0)
 
 
-def _beta(votes: Votes, workers: _Workers) -> Array:
-    return np.asarray(np.exp(workers.log_reliability).astype(np.float32)[votes.worker])
+def _beta(votes: Votes, log_reliability: Array) -> Array:
+    return np.asarray(np.exp(log_reliability).astype(np.float32)[votes.worker])
 
 
 def _bound_curvature(square: Array) -> tuple[Array, Array]:
@@ -237,14 +263,14 @@ def _bound(
 
     The workers' posteriors are held, as their derivatives vanish at their optimum.
     """
-    beta, half = _beta(votes, workers), votes.y - np.float32(0.5)
+    beta, half = _beta(votes, workers.log_reliability), votes.y - np.float32(0.5)
     mean = beta * moments[0]
     xi, curvature = _bound_curvature(mean**2 + beta**2 * moments[1])
-    fit = (log_loss(xi, 0.5) - half * mean).sum(dtype=np.float64)
+    fit = votes.weighted(log_loss(xi, 0.5) - half * mean).sum(dtype=np.float64)
     trace = np.einsum("irr->i", workers.covariance)
     divergence = 0.5 * (trace + (workers.mean**2).sum(axis=1) - np.linalg.slogdet(workers.covariance)[1]).sum()
     prior = 0.5 * (workers.log_reliability**2).sum() / variance
-    slope, weight = beta * (curvature * mean - half), curvature * beta**2
+    slope, weight = votes.weighted(beta * (curvature * mean - half)), votes.weighted(curvature * beta**2)
     pull = np.empty((len(seen.loadings) + 1, len(votes)), np.float32)
     pull[0] = slope
     covariance = workers.covariance.astype(np.float32)
@@ -254,42 +280,30 @@ def _bound(
     return float(fit + divergence + prior), pull
 
 
-def _sweeps(
-    votes: Votes, seen: _Projected, workers: _Workers, variance: float, sweeps: int, centered: bool
-) -> tuple[Array, Array]:
-    """Update `workers` in place, each time in closed form given the bound (so the bound falls); beta by a Newton step.
-
-    `centered` holds the mean of log beta at 0, which fixes the scale that beta shares with theta and U.
+def _sweeps(votes: Votes, seen: _Projected, workers: _Workers, sweeps: int) -> tuple[Array, Array]:
+    """Update q(a_i) of `workers` in place, each time in closed form given the bound (so the bound falls), and the slopes
+    by log beta_i.
 
     Returns:
         The moments under the updated posteriors, as `_moments` gives them.
     """
     r = len(seen.loadings)
-    half, present = votes.y - np.float32(0.5), votes.present
-    mean, spread = _moments(votes, seen, workers)
+    beta = _beta(votes, workers.log_reliability)
+    square, slack = beta**2, votes.weighted((votes.y - np.float32(0.5)) * beta)
+    mean, spread = _moments(votes, seen, workers.mean, workers.covariance)
     for _ in range(sweeps):
-        beta = _beta(votes, workers)
-        square = beta**2
-        _, curvature = _bound_curvature(square * (mean**2 + spread))
-        weight = curvature * square
-        target = half * beta - weight * seen.margins
+        weight = votes.weighted(_bound_curvature(square * (mean**2 + spread))[1] * square)
+        target = slack - weight * seen.margins
         information = np.empty((votes.n_workers, r, r))
         for (i, j), product in zip(_pairs(r), seen.products, strict=True):
             information[:, i, j] = information[:, j, i] = votes.sum_by_worker(weight * product)
         information += np.eye(r)
         slope = np.stack([votes.sum_by_worker(target * u) for u in seen.loadings], axis=1)
-        workers.covariance = np.linalg.inv(information)
-        workers.mean = (workers.covariance @ slope[:, :, None])[:, :, 0]
-        mean, spread = _moments(votes, seen, workers)
-        second = weight * (mean**2 + spread)
-        gradient = votes.sum_by_worker(half * beta * mean - second) - workers.log_reliability / variance
-        hessian = votes.sum_by_worker(second) + 1 / variance
-        gradient[~present] = 0
-        if centered:
-            gradient[present] -= multipliers(gradient[present], hessian[present], np.ones((int(present.sum()), 1)))
-        workers.log_reliability = np.clip(workers.log_reliability + np.clip(gradient / hessian, -1, 1), -4, 4)
-        if centered:
-            workers.log_reliability[present] -= workers.log_reliability[present].mean()
+        workers.covariance[:] = np.linalg.inv(information)
+        workers.mean[:] = (workers.covariance @ slope[:, :, None])[:, :, 0]
+        mean, spread = _moments(votes, seen, workers.mean, workers.covariance)
+    second = weight * (mean**2 + spread)
+    workers.slopes[0][:], workers.slopes[1][:] = votes.sum_by_worker(slack * mean - second), votes.sum_by_worker(second)
     return mean, spread
 
 

@@ -16,10 +16,18 @@ from scipy.special import logsumexp, softmax
 from sklearn.cluster import KMeans
 
 from coterie.contracts import MIXTURE_TENSORS, replacing
-from coterie.discovery.logistic import curvature, log_loss, multipliers, newton_step, reliability_step, residual
+from coterie.discovery.logistic import (
+    curvature,
+    log_loss,
+    multipliers,
+    newton_step,
+    reliability_slopes,
+    reliability_step,
+    residual,
+)
 from coterie.discovery.pooled import ReliabilityReward, Reward
 from coterie.discovery.spectral import taste_directions
-from coterie.discovery.votes import PILOT, Array, Votes, random_workers
+from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, random_workers
 from coterie.errors import BadData
 
 _NEGLIGIBLE = 1e-5  # responsibility below which a worker is left out of a coterie's Hessian (never of its gradient)
@@ -74,7 +82,7 @@ class MixtureReward(Reward):
         self.max_iter = max_iter
         self.seed = seed
 
-    def fit(self, votes: Votes, y: None = None, labels: Array | None = None) -> Self:
+    def fit(self, votes: VoteSet, y: None = None, labels: Array | None = None) -> Self:
         """Fit to votes. With `labels` [n_workers], a clustering of the workers, only the rewards of those coteries are
         fitted (M-steps), and the responsibilities are the posterior under them.
 
@@ -96,20 +104,20 @@ class MixtureReward(Reward):
             responsibilities, log_beta = np.ones((votes.n_workers, 1)), base.log_reliability_
         elif labels is not None:
             given = np.eye(self.n_coteries)[labels]
-            theta, _, log_beta, _ = self._em(votes, theta, log_beta, weights, given, hold=True)
-            weights = _weights(given, votes.present)
-            logits = np.exp(log_beta).astype(np.float32)[votes.worker] * (theta.astype(np.float32) @ votes.x.T)
-            responsibilities = _responsibilities(self._evidence(votes, logits), weights, votes.present)
+            theta, _, log_beta, weights = self._em(
+                votes, theta, log_beta, _weights(given, votes.present), given, hold=True
+            )
+            self.theta_, self.weights_ = theta.astype(np.float32), weights
+            responsibilities = self._posterior(votes, log_beta)
+        elif len(votes) > 2 * PILOT:
+            some = random_workers(votes, PILOT, 50 * self.n_coteries, self.seed)
+            pilot = votes.of_workers(some)
+            first = self._start(pilot)
+            theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first, tol=10 * self.tol)
+            theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, None)
         else:
-            start: Array | None = None
-            if len(votes) > 2 * PILOT:
-                some = random_workers(votes, PILOT, 50 * self.n_coteries, self.seed)
-                pilot = votes.of_workers(some)
-                first = self._start(pilot)
-                theta, _, _, weights = self._em(pilot, theta, log_beta[some], weights, first, tol=10 * self.tol)
-            else:
-                start = self._start(votes)
-            theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, start)
+            first = self._start(votes.loaded())
+            theta, responsibilities, log_beta, weights = self._em(votes, theta, log_beta, weights, first)
         responsibilities = np.where(votes.present[:, None], responsibilities, weights)
         order = np.argsort(-weights, kind="stable")
         self.theta_, self.weights_ = theta[order].astype(np.float32), weights[order]
@@ -124,7 +132,7 @@ class MixtureReward(Reward):
 
     def _em(
         self,
-        votes: Votes,
+        votes: VoteSet,
         theta: Array,
         log_beta: Array,
         weights: Array,
@@ -133,36 +141,53 @@ class MixtureReward(Reward):
         tol: float | None = None,
     ) -> tuple[Array, Array, Array, Array]:
         """EM from rewards theta, or from responsibilities where given (then the first E-step, or all, are skipped)."""
-        influence: list[Array] = []
+        given, held = responsibilities is not None, responsibilities
+        shares = np.tile(weights, (votes.n_workers, 1)) if held is None else held.copy()
+        slopes = np.zeros(votes.n_workers), np.zeros(votes.n_workers)
+        influence = np.zeros((votes.n_workers, self.n_coteries))
+        inverse: list[Array] | None = None
+        probe, count = votes.probe, len(votes)
+
+        def look(workers: slice, part: Votes) -> Array:
+            """E-step of these workers; their part of the gradient [K, d]."""
+            margins = theta.astype(np.float32) @ part.x.T
+            beta = np.exp(log_beta[workers]).astype(np.float32)[part.worker]
+            if expecting:
+                evidence = _evidence(part, beta * margins) - shares[workers] * influence[workers]
+                shares[workers] = _responsibilities(evidence, weights, part.present)
+            slopes[0][workers], slopes[1][workers] = reliability_slopes(
+                log_beta[workers], margins, shares[workers], part
+            )
+            gradient = np.empty(theta.shape)
+            for k, margin in enumerate(margins):
+                own = part.gradients_by_worker(part.weighted(beta * residual(beta * margin, part.y)))
+                gradient[k] = shares[workers, k] @ own
+                if inverse is not None:
+                    influence[workers, k] = ((own @ inverse[k]) * own).sum(axis=1)
+            return gradient
+
         for iteration in range(1, self.max_iter + 1):
-            margins = theta.astype(np.float32) @ votes.x.T
-            beta = np.exp(log_beta).astype(np.float32)[votes.worker]
-            if responsibilities is None or not (hold or iteration == 1):
-                evidence = self._evidence(votes, beta * margins)
-                if influence:
-                    evidence -= responsibilities * np.stack(influence, axis=1)
-                responsibilities = _responsibilities(evidence, weights, votes.present)
-                weights = _weights(responsibilities, votes.present)
-            mine = responsibilities.T.astype(np.float32)[:, votes.worker]
-            own = [votes.gradients_by_worker(beta * residual(beta * m, votes.y)) for m in margins]
-            gradient = np.einsum("ik,kid->kd", responsibilities, own) - self.precision * (theta - self._center)
-            self.n_iter_, self.gradient_ = iteration, float(np.abs(gradient).max()) / len(votes)
+            expecting = not hold and (iteration > 1 or not given)
+            gradient = votes.total(look) - self.precision * (theta - self._center)
+            if expecting:
+                weights = _weights(shares, votes.present)
+            self.n_iter_, self.gradient_ = iteration, float(np.abs(gradient).max()) / count
             if self.gradient_ <= (tol or self.tol) and iteration > 2:
                 break
-            influence = []
+            beta = np.exp(log_beta).astype(np.float32)[probe.worker]
+            inverse, moved = [], theta.copy()
             for k in range(self.n_coteries):
-                weights_k = np.where(mine[k] > _NEGLIGIBLE, mine[k], 0) * curvature(beta * margins[k]) * beta**2
-                step, hessian = newton_step(votes.x, weights_k, beta, gradient[k], self.precision)
-                theta[k] += step
-                influence.append(((own[k] @ np.linalg.inv(hessian)) * own[k]).sum(axis=1))
-            log_beta, _ = reliability_step(
-                log_beta, margins, responsibilities, votes, self.reliability_variance_, centered=True
-            )
-            scale = self._scale_step(theta, log_beta, np.where(votes.present[:, None], responsibilities, 0))
-            theta /= np.exp(scale)[:, None]
-            log_beta[votes.present] += responsibilities[votes.present] @ scale
-        assert responsibilities is not None
-        return theta, responsibilities, log_beta, weights
+                mine = shares[:, k].astype(np.float32)[probe.worker]
+                margins = probe.x @ theta[k].astype(np.float32)
+                rows = probe.weighted(np.where(mine > _NEGLIGIBLE, mine, 0) * curvature(beta * margins) * beta**2)
+                step, hessian = newton_step(probe.x, rows, beta, gradient[k], self.precision)
+                moved[k] += step
+                inverse.append(np.linalg.inv(hessian).astype(np.float32))
+            log_beta, _ = reliability_step(log_beta, slopes, shares, votes.present, self.reliability_variance_)
+            scale = self._scale_step(moved, log_beta, np.where(votes.present[:, None], shares, 0))
+            theta = moved / np.exp(scale)[:, None]
+            log_beta[votes.present] += shares[votes.present] @ scale
+        return theta, shares, log_beta, weights
 
     def _scale_step(self, theta: Array, log_beta: Array, responsibilities: Array) -> Array:
         """How far to move the scale that theta_k shares with its workers' reliabilities from the former to these, [K].
@@ -175,11 +200,6 @@ class MixtureReward(Reward):
         hessian = counts / self.reliability_variance_ + self.precision * (theta**2).sum(axis=1)
         gradient -= multipliers(gradient, hessian, counts[:, None])
         return np.asarray(np.clip(gradient / hessian, -0.5, 0.5))
-
-    @staticmethod
-    def _evidence(votes: Votes, logits: Array) -> Array:
-        """log P(votes of i | coterie k), [n_workers, K], of logits [K, n]."""
-        return -np.stack([votes.sum_by_worker(log_loss(row, votes.y)) for row in logits], axis=1)
 
     def save(self, path: Path, version: str) -> None:
         """Write contracts.MIXTURE_TENSORS; `version` travels in the file's metadata."""
@@ -209,25 +229,40 @@ class MixtureReward(Reward):
         mixture.responsibilities_, mixture.log_reliability_ = np.zeros((0, len(weights))), np.zeros(0)
         return mixture
 
-    def infer(self, votes: Votes) -> tuple[Array, Array]:
+    def infer(self, votes: VoteSet) -> tuple[Array, Array]:
         """Posterior [n_workers, K] and log reliability [n_workers] of any workers, new ones too, from their votes.
 
         The rewards and weights are as fitted. A worker without votes gets the weights and 0.
         """
         self._check(votes, votes.n_workers)
-        margins = self.theta_ @ votes.x.T
-        log_beta = np.zeros(votes.n_workers)
-        for _ in range(_INFER_STEPS):
-            beta = np.exp(log_beta).astype(np.float32)[votes.worker]
-            posterior = _responsibilities(self._evidence(votes, beta * margins), self.weights_, votes.present)
-            log_beta, _ = reliability_step(
-                log_beta, margins, posterior, votes, self.reliability_variance_, centered=False
-            )
+        posterior, log_beta = np.tile(self.weights_, (votes.n_workers, 1)), np.zeros(votes.n_workers)
+
+        def look(workers: slice, part: Votes) -> None:
+            margins = self.theta_ @ part.x.T
+            for _ in range(_INFER_STEPS):
+                beta = np.exp(log_beta[workers]).astype(np.float32)[part.worker]
+                shares = _responsibilities(_evidence(part, beta * margins), self.weights_, part.present)
+                slopes = reliability_slopes(log_beta[workers], margins, shares, part)
+                log_beta[workers], _ = reliability_step(
+                    log_beta[workers], slopes, shares, part.present, self.reliability_variance_, centered=False
+                )
+            posterior[workers] = shares
+
+        for _ in votes.each(look):
+            pass
         return posterior, log_beta
 
-    def posterior(self, votes: Votes) -> Array:
-        """Posterior over coteries, [n_workers, K], of any workers from their votes."""
-        return self.infer(votes)[0]
+    def _posterior(self, votes: VoteSet, log_beta: Array) -> Array:
+        """Posterior [n_workers, K] given the reliabilities."""
+        posterior = np.tile(self.weights_, (votes.n_workers, 1))
+
+        def look(workers: slice, part: Votes) -> None:
+            logits = np.exp(log_beta[workers]).astype(np.float32)[part.worker] * (self.theta_ @ part.x.T)
+            posterior[workers] = _responsibilities(_evidence(part, logits), self.weights_, part.present)
+
+        for _ in votes.each(look):
+            pass
+        return posterior
 
     def decision_function(self, votes: Votes) -> Array:
         """Logits [n] of the probability averaged over the worker's coteries, for workers numbered as in `fit`."""
@@ -247,6 +282,11 @@ def spectral_labels(votes: Votes, theta: Array, n_coteries: int, precision: floa
     means = KMeans(min(n_coteries, distinct), n_init=10, random_state=seed)
     labels[votes.present] = means.fit_predict(plane, sample_weight=np.sqrt(votes.counts[votes.present]))
     return labels
+
+
+def _evidence(votes: Votes, logits: Array) -> Array:
+    """log P(votes of i | coterie k), [n_workers, K], of logits [K, n]."""
+    return -np.stack([votes.sum_by_worker(votes.weighted(log_loss(row, votes.y))) for row in logits], axis=1)
 
 
 def _responsibilities(evidence: Array, weights: Array, present: Array) -> Array:

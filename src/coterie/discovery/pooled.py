@@ -7,8 +7,15 @@ from typing import Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from coterie.discovery.logistic import curvature, log_loss, newton_step, reliability_step, residual
-from coterie.discovery.votes import Array, Votes
+from coterie.discovery.logistic import (
+    curvature,
+    log_loss,
+    newton_step,
+    reliability_slopes,
+    reliability_step,
+    residual,
+)
+from coterie.discovery.votes import Array, Votes, VoteSet
 from coterie.errors import BadData
 
 
@@ -21,14 +28,15 @@ class Reward(BaseEstimator):  # type: ignore[misc]
 
     def losses(self, votes: Votes) -> Array:
         """Mean log-loss of each worker, [n_workers]; NaN for a worker without votes."""
-        total = votes.sum_by_worker(log_loss(self.decision_function(votes), votes.y))
-        return np.where(votes.present, total / np.maximum(votes.counts, 1), np.nan)
+        total = votes.sum_by_worker(votes.weighted(log_loss(self.decision_function(votes), votes.y)))
+        size = votes.sum_by_worker(votes.weighted(np.ones(len(votes), np.float32)))
+        return np.where(votes.present, total / np.maximum(size, 1e-12), np.nan)
 
     def score(self, votes: Votes) -> float:
         """Minus the log-loss, macro over workers (each worker counts once); higher is better."""
         return -float(np.nanmean(self.losses(votes)))
 
-    def _check(self, votes: Votes, n_workers: int) -> None:
+    def _check(self, votes: VoteSet, n_workers: int) -> None:
         if votes.n_features != self.n_features_in_ or votes.n_workers != n_workers:
             raise BadData(
                 f"votes of {votes.n_workers} workers and {votes.n_features} features given to a {type(self).__name__} "
@@ -39,7 +47,7 @@ class Reward(BaseEstimator):  # type: ignore[misc]
 class ReliabilityReward(Reward):
     """P(chosen > rejected | i) = sigmoid(beta_i x.theta), log beta_i ~ N(0, tau^2), theta ~ N(0, I / precision).
 
-    Newton steps of theta and of all beta_i alternate until both gradients are below `tol`. log beta has mean 0 over
+    Newton steps of theta and of all beta_i at once, until both gradients are below `tol`. log beta has mean 0 over
     the workers who vote, which fixes the scale that beta and theta share.
 
     Args:
@@ -63,25 +71,37 @@ class ReliabilityReward(Reward):
         self.tol = tol
         self.max_iter = max_iter
 
-    def fit(self, votes: Votes, y: None = None) -> Self:
+    def fit(self, votes: VoteSet, y: None = None) -> Self:
         """Fit to votes."""
         theta, log_beta = np.zeros(votes.n_features), np.zeros(votes.n_workers)
-        everybody = np.ones((votes.n_workers, 1))
-        beta_gradient = 0.0
-        for iteration in range(1, self.max_iter + 1):
-            margins = votes.x @ theta.astype(np.float32)
-            if self.reliability_variance > 0 and iteration > 1:
-                log_beta, beta_gradient = reliability_step(
-                    log_beta, margins[None], everybody, votes, self.reliability_variance, centered=True
+        everybody, probe, count = np.ones((votes.n_workers, 1)), votes.probe, len(votes)
+        slopes = np.zeros(votes.n_workers), np.zeros(votes.n_workers)
+
+        def look(workers: slice, part: Votes) -> Array:
+            margins = part.x @ theta.astype(np.float32)
+            beta = np.exp(log_beta[workers]).astype(np.float32)[part.worker]
+            if self.reliability_variance > 0:
+                ones = everybody[: part.n_workers]
+                slopes[0][workers], slopes[1][workers] = reliability_slopes(
+                    log_beta[workers], margins[None], ones, part
                 )
-            beta = np.exp(log_beta).astype(np.float32)[votes.worker]
-            logits = beta * margins
-            gradient = votes.x.T @ (beta * residual(logits, votes.y)) - self.precision * theta
-            largest = max(float(np.abs(gradient).max()), beta_gradient)
-            self.n_iter_, self.gradient_ = iteration, largest / len(votes)
+            return np.asarray(part.x.T @ part.weighted(beta * residual(beta * margins, part.y)))
+
+        for iteration in range(1, self.max_iter + 1):
+            gradient = votes.total(look) - self.precision * theta
+            updated, beta_gradient = log_beta, 0.0
+            if self.reliability_variance > 0:
+                updated, beta_gradient = reliability_step(
+                    log_beta, slopes, everybody, votes.present, self.reliability_variance
+                )
+            self.n_iter_ = iteration
+            self.gradient_ = max(float(np.abs(gradient).max()), beta_gradient) / count
             if self.gradient_ <= self.tol and (iteration > 2 or not self.reliability_variance):
                 break
-            theta += newton_step(votes.x, curvature(logits) * beta**2, beta, gradient, self.precision)[0]
+            beta = np.exp(log_beta).astype(np.float32)[probe.worker]
+            weights = probe.weighted(curvature(beta * (probe.x @ theta.astype(np.float32))) * beta**2)
+            theta = theta + newton_step(probe.x, weights, beta, gradient, self.precision)[0]
+            log_beta = updated
         self.n_features_in_ = votes.n_features
         self.theta_ = theta.astype(np.float32)
         self.log_reliability_ = log_beta

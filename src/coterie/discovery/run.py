@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+from scipy import stats
 
 from coterie.config import ClusterSettings, EmbedSettings
 from coterie.contracts import (
@@ -17,31 +20,34 @@ from coterie.contracts import (
     FEATURES_FILE,
     MIXTURE_FILE,
     MODEL_FILE,
+    TEST,
     TRAIN,
     Candidate,
+    Estimate,
     Selection,
     matrix,
 )
-from coterie.discovery.clustering import fit_coteries
-from coterie.discovery.features import differences, fit_features
+from coterie.discovery.differences import differences
+from coterie.discovery.discover import Discovery, decide, learn
+from coterie.discovery.features import FeatureMap, fit_features
+from coterie.discovery.lineage import drift, match_coteries
 from coterie.discovery.lowrank import LowRankReward
 from coterie.discovery.mixture import MixtureReward
-from coterie.discovery.selection import beats, half_split_ari, select_coteries, select_rank
-from coterie.discovery.votes import load_votes
+from coterie.discovery.slopes import SlopesReward
+from coterie.discovery.votes import Array, VoteFile, Votes, joined, load_votes
 from coterie.errors import BadData
 
-STABLE = 0.3  # half-split ARI from which groups count as groups (docs/method, section 2)
 _DIFFERENCES, _EMBEDDINGS, _ASSIGNMENTS = "differences.parquet", "embeddings.parquet", "assignments.parquet"
 
 
 def embed(comparisons: Path, vectors: Path, out: Path, settings: EmbedSettings) -> dict[str, Any]:
     """Learn features, worker embeddings and reliabilities from training votes.
 
-    Writes features.safetensors, differences.parquet, embeddings.parquet and lowrank.safetensors into `out`. Where no
-    rank beats pooled + reliability, the embedding has rank 1 all the same, and "chosen_rank" says 0.
+    Writes features.safetensors, differences.parquet, embeddings.parquet and lowrank.safetensors into `out`. Where nothing
+    beats pooled + reliability, the embedding has one direction all the same, and the size of "chosen" is 0.
 
     Returns:
-        The stage's metrics: rank, chosen_rank, candidates, what was held out, sizes and the chosen priors.
+        The stage's metrics: rank, the chosen member, candidates, what was held out, sizes and the chosen priors.
 
     Raises:
         BadData: tables that are missing or do not fit together, or too little training data.
@@ -49,13 +55,12 @@ def embed(comparisons: Path, vectors: Path, out: Path, settings: EmbedSettings) 
     features = fit_features(comparisons, vectors, settings)
     features.save(out / FEATURES_FILE)
     workers = differences(comparisons, vectors, features, out / _DIFFERENCES)
-    votes = load_votes(out / _DIFFERENCES, (TRAIN,))
-    choice = select_rank(votes, settings)
-    rank = max(choice.size, 1)
-    base = choice.heldout.base(votes)
-    model = LowRankReward(rank, base.precision, choice.precision, base=base).fit(votes)
+    votes = VoteFile(out / _DIFFERENCES, TRAIN)
+    learned = learn(votes, settings)
+    choice, base, model = learned.choice, learned.base, learned.embedding
     model.save(out / MODEL_FILE)
-    candidates = [c.model_dump() for c in choice.candidates if c.member == "lowrank"]
+    rank = model.basis_.shape[1]
+    described = {"member": choice.member, "size": choice.size, "prior": choice.prior}
     EMBEDDING.write(
         out / _EMBEDDINGS,
         {
@@ -64,33 +69,34 @@ def embed(comparisons: Path, vectors: Path, out: Path, settings: EmbedSettings) 
             "reliability": np.exp(model.log_reliability_),
             "comparisons": votes.counts,
         },
-        metadata={"candidates": json.dumps(candidates), "chosen_rank": str(choice.size)},
+        metadata={
+            "chosen": json.dumps(described),
+            "candidates": json.dumps([c.model_dump() for c in choice.candidates]),
+        },
         embedding=rank,
     )
     return {
         "rank": rank,
-        "chosen_rank": choice.size,
+        "chosen": described,
         "candidates": [c.model_dump() for c in choice.candidates],
-        "held_out": {"unit": choice.unit, "splits": len(choice.heldout.splits)},
+        "held_out": {"unit": choice.heldout.unit, "splits": len(choice.heldout.splits)},
         "features": features.size,
         "workers": len(workers),
         "comparisons": len(votes),
-        "priors": {
-            "precision": base.precision,
-            "reliability_variance": base.reliability_variance,
-            "basis_precision": choice.precision,
-        },
+        "priors": {"precision": base.precision, "reliability_variance": base.reliability_variance},
     }
 
 
-def cluster(embedded: Path, out: Path, settings: ClusterSettings) -> dict[str, Any]:
+def cluster(embedded: Path, out: Path, settings: ClusterSettings, previous: Path | None = None) -> dict[str, Any]:
     """Choose the number of coteries, and assign every worker from their training votes.
+
+    With `previous`, the folder of an earlier clustering, coteries of the same people keep their ids.
 
     Writes assignments.parquet and mixture.safetensors into `out`. A worker without training votes has the coteries'
     weights as posterior.
 
     Returns:
-        The stage's metrics: selection (contracts.Selection), stability, sizes, what was held out, mixture_version.
+        The stage's metrics: selection (contracts.Selection), heterogeneity, stability, sizes, what was held out, mixture_version.
 
     Raises:
         BadData: tables that are missing, too little training data, or more coteries than workers.
@@ -98,38 +104,28 @@ def cluster(embedded: Path, out: Path, settings: ClusterSettings) -> dict[str, A
     """
     table = EMBEDDING.read(embedded / _EMBEDDINGS)
     described = EMBEDDING.metadata(embedded / _EMBEDDINGS)
+    chosen = json.loads(described["chosen"])
     embeddings = matrix(table["embedding"])
-    votes = load_votes(embedded / _DIFFERENCES, (TRAIN,))
+    votes = VoteFile(embedded / _DIFFERENCES, TRAIN)
     if votes.n_workers != len(table):
         raise BadData(
             f"{embedded}: differences of {votes.n_workers} workers, embeddings of {len(table)}; run embed again"
         )
-    voting = int(votes.present.sum())
-    if settings.coteries != "auto" and not 1 <= settings.coteries <= voting:
-        raise BadData(
-            f"cluster.coteries = {settings.coteries}, but {voting} workers have training comparisons; "
-            f"ask for 1 to {voting}, or auto"
-        )
-    rank = embeddings.shape[1]
-    choice = select_coteries(votes, settings, rank)
-    base = choice.heldout.base(votes)
-    given = None if settings.method == "mixture" else embeddings
-    model = fit_coteries(votes, choice.size, settings.method, base, choice.precision, rank, settings.seed, given)
-    stability = (
-        half_split_ari(
-            votes, choice.size, settings.method, choice.heldout, choice.precision, rank, settings.splits, settings.seed
-        )
-        if choice.size > 1
-        else None
+    model = SlopesReward() if chosen["member"] == "slopes" else LowRankReward()
+    model.restore(embedded / MODEL_FILE, embeddings, np.log(table["reliability"].to_numpy()))
+    found = decide(votes, model, (chosen["member"], chosen["size"], chosen["prior"]), settings)
+    mixture, selection = found.mixture, found.selection
+    compared = {(c.member, c.size) for c in selection.candidates}
+    also = [Candidate(**c) for c in json.loads(described["candidates"]) if (c["member"], c["size"]) not in compared]
+    selection = selection.model_copy(
+        update={"candidates": [*selection.candidates, *also], "gain": _gain(selection, also)}
     )
-    ranks = [Candidate(**c) for c in json.loads(described.get("candidates", "[]"))]
-    chosen_rank = int(described.get("chosen_rank", "0"))
-    selection = _verdict(choice.candidates + ranks, choice.size, settings.coteries != "auto", chosen_rank, stability)
 
-    posterior, log_reliability = model.infer(votes)
+    posterior, log_reliability = mixture.infer(votes)
     coterie = posterior.argmax(axis=1)
-    version = _version(model)
-    model.save(out / MIXTURE_FILE, version)
+    lineage = _lineage(previous, table["worker_id"], posterior)
+    version = _version(found)
+    mixture.save(out / MIXTURE_FILE, version)
     ASSIGNMENT.write(
         out / _ASSIGNMENTS,
         {
@@ -142,48 +138,103 @@ def cluster(embedded: Path, out: Path, settings: ClusterSettings) -> dict[str, A
             "mixture_version": pa.array([version] * len(table)),
         },
         metadata={"mixture_version": version},
-        embedding=rank,
-        posterior=choice.size,
+        embedding=embeddings.shape[1],
+        posterior=mixture.n_coteries,
     )
     return {
         "selection": selection.model_dump(),
-        "stability": {} if stability is None else {"half_split_ari": stability},
-        "sizes": np.bincount(coterie[votes.present], minlength=choice.size).tolist(),
-        "held_out": {"unit": choice.unit, "splits": len(choice.heldout.splits)},
+        "heterogeneity": None if found.heterogeneity is None else found.heterogeneity.model_dump(),
+        "stability": {} if found.stability is None else {"half_split_ari": found.stability},
+        "lineage": lineage,
+        "sizes": np.bincount(coterie[votes.present], minlength=mixture.n_coteries).tolist(),
+        "held_out": {"unit": found.heldout.unit, "splits": len(found.heldout.splits)},
         "mixture_version": version,
+        "seed": settings.seed,
         "priors": {
-            "precision": base.precision,
-            "reliability_variance": base.reliability_variance,
-            "coterie_precision": choice.precision,
+            "precision": found.base.precision,
+            "reliability_variance": found.base.reliability_variance,
+            "coterie_precision": found.prior,
+            "embedding": [chosen["member"], chosen["size"], chosen["prior"]],
         },
     }
 
 
-def _verdict(
-    candidates: list[Candidate], coteries: int, insisted: bool, chosen_rank: int, stability: float | None
-) -> Selection:
-    """One taste, continuous tastes or coteries, and which member says so (docs/method, section 2).
+def _lineage(previous: Path | None, workers: pa.ChunkedArray, posterior: Array) -> dict[str, Any]:
+    """What the coteries are called: the ids of the previous clustering's where they are the same people, else new ones."""
+    if previous is None:
+        ids = list(range(posterior.shape[1]))
+        return {"ids": ids, "matched_from": [-1] * len(ids), "overlap": [0.0] * len(ids), "next_id": len(ids)}
+    before = json.loads((previous / "metrics.json").read_text(encoding="utf-8"))["lineage"]
+    old = ASSIGNMENT.read(previous / _ASSIGNMENTS, ["worker_id", "posterior"])
+    found = match_coteries(
+        old["worker_id"].to_numpy(),
+        matrix(old["posterior"]),
+        workers.to_numpy(),
+        posterior,
+        before["ids"],
+        before["next_id"],
+    )
+    return {
+        "ids": found.ids.tolist(),
+        "matched_from": found.matched_from.tolist(),
+        "overlap": found.overlap.round(4).tolist(),
+        "next_id": found.next_id,
+    }
 
-    A number of coteries that was insisted on does not change what the held-out likelihood says.
+
+def drift_since(embedded: Path, clustered: Path, comparisons: Path, vectors: Path, out: Path) -> dict[str, Any]:
+    """Has what people want changed? Newer comparisons, by the features and the mixture of an earlier run.
+
+    Args:
+        embedded, clustered: folders of the earlier run; its test votes are what the mixture was judged on.
+        comparisons: newer comparisons; all of them are looked at, whatever their split.
+        vectors: of their responses, by the same encoder.
+        out: a folder for the time of the work.
+
+    Returns:
+        The fields of lineage.Drift.
+
+    Raises:
+        BadData: tables that are missing or do not fit together, or no worker who is known.
     """
-    gains = any(c.member == "mixture" and c.size == coteries and beats(c.gain, c.standard_error) for c in candidates)
-    verdict: Literal["one-taste", "continuous", "coteries"]
-    if gains and stability is not None and stability >= STABLE:
-        verdict, member, size = "coteries", "mixture", coteries
-    elif chosen_rank > 0:
-        verdict, member, size = "continuous", "lowrank", chosen_rank
-    elif gains:
-        verdict, member, size = "continuous", "mixture", coteries
-    else:
-        verdict, member, size = "one-taste", "reliability", 1
-    marked = [c.model_copy(update={"chosen": (c.member, c.size) == (member, size)}) for c in candidates]
-    return Selection(verdict=verdict, member=member, coteries=coteries, insisted=insisted, candidates=marked)
+    features = FeatureMap.load(embedded / FEATURES_FILE)
+    names = EMBEDDING.read(embedded / _EMBEDDINGS, ["worker_id"])["worker_id"].to_pylist()
+    path = out / _DIFFERENCES
+    newer = differences(comparisons, vectors, features, path)
+    place = pd.Index(names).get_indexer(newer)
+    if (place < 0).all():
+        raise BadData(
+            f"{comparisons}: none of its {len(newer)} workers is known to {embedded}; give newer votes of theirs"
+        )
+    parts = [load_votes(path, split) for split in VoteFile.splits(path)]
+    votes = joined(parts, len(newer))
+    votes = votes.subset(place[votes.worker] >= 0)
+    numbered = Votes.of(votes.x, votes.y, place[votes.worker], votes.prompt, len(names), votes.weight)
+    known, held_out = (load_votes(embedded / _DIFFERENCES, split) for split in (TRAIN, TEST))
+    mixture = MixtureReward.load(clustered / MIXTURE_FILE)
+    path.unlink()
+    return asdict(drift(mixture, known, held_out, numbered), dict_factory=_plain)
 
 
-def _version(model: MixtureReward) -> str:
-    """Content hash of the mixture's tensors."""
+def _gain(selection: Selection, also: list[Candidate]) -> Estimate | None:
+    """What the best taste member gains, though it be one that only embed tried; of such the workers' gains are not at hand."""
+    tastes = [c for c in also if c.member not in ("pooled", "reliability")]
+    best = max(tastes, key=lambda c: c.gain, default=None)
+    known = selection.gain
+    if best is None or (known is not None and known.value is not None and known.value >= best.gain):
+        return known
+    reach = float(stats.norm.ppf(0.95)) * best.standard_error
+    return Estimate(value=best.gain, low=best.gain - reach, high=best.gain + reach, level=0.9)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.model_dump() if isinstance(value, Estimate) else value for name, value in items}
+
+
+def _version(found: Discovery) -> str:
+    """Content hash of all that a profile is made with: the mixture's tensors and the embedding's directions."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.tensors().items()):
+    for name, tensor in sorted((found.mixture.tensors() | found.embedding.tensors()).items()):
         digest.update(f"{name} {tensor.shape}".encode())
         digest.update(tensor.tobytes())
     return digest.hexdigest()

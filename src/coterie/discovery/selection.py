@@ -7,34 +7,42 @@ a taste member must beat pooled + reliability by one, and the smallest within on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GroupShuffleSplit
 
 from coterie.config import ClusterSettings, EmbedSettings
 from coterie.contracts import Candidate
-from coterie.discovery.clustering import Method, fit_coteries
+from coterie.discovery.clustering import fit_coteries
 from coterie.discovery.lowrank import LowRankReward
 from coterie.discovery.mixture import MixtureReward
 from coterie.discovery.pooled import PooledReward, ReliabilityReward, Reward
-from coterie.discovery.votes import Array, Votes, random_workers
+from coterie.discovery.slopes import SlopesReward
+from coterie.discovery.votes import Array, Votes, VoteSet, random_workers
 from coterie.progress import progress
 
 POOLED_PRECISIONS = (1.0, 10.0, 100.0)
 RELIABILITY_VARIANCES = (0.003, 0.03, 0.25, 1.0)
 COTERIE_PRECISIONS = (30.0, 100.0, 300.0)
-BASIS_PRECISIONS = (30.0, 300.0)
+BASIS_PRECISIONS = (30.0, 300.0, 3000.0)
+SLOPE_VARIANCES = (0.003, 0.01, 0.03)
 _HELD_OUT = 0.25  # of the prompts, in each split
-_FEWEST_WORKERS = 2  # that make a coterie
 _FEWEST_PROMPTS = 5  # with fewer, pairs are held out
-_MOST = 200_000  # comparisons that candidates are compared on: more change no choice and cost minutes
+_MOST = 150_000  # comparisons that candidates are compared on: more change no choice and cost minutes
+_FEWEST_SAMPLED = 300  # workers, however many comparisons each has
+_MOST_SLOPES, _FEWEST_FOR_SLOPES = (
+    256,
+    5,
+)  # features, and comparisons a worker: beyond, slopes cost much and find nothing
+_TOLERANCE = 3e-4  # of fits that are compared, not shipped
 _NOTICEABLE = 1e-4  # nats a comparison
 _PATIENCE = 2  # sizes in a row that bring no better mean before larger ones are given up
 
 Make = Callable[[Votes, ReliabilityReward], Reward]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def split_groups(votes: Votes) -> tuple[Array, str]:
@@ -47,34 +55,43 @@ def split_groups(votes: Votes) -> tuple[Array, str]:
     return pair, "pair"
 
 
+def sample_of(votes: VoteSet, seed: int) -> Votes:
+    """What choices are made on: all votes, or where they are very many those of workers drawn at random, in memory."""
+    if len(votes) <= _MOST:
+        return votes.loaded()
+    return votes.of_workers(random_workers(votes, _MOST, _FEWEST_SAMPLED, seed))
+
+
 class HeldOut:
     """Repeated item-disjoint splits of training votes, and the priors and losses of members on them.
 
     Args:
-        votes: training votes; the votes of some workers, drawn at random, where there are very many.
+        votes: training votes.
         repeats: splits.
         seed: of the splits.
 
     Attributes:
+        votes, seed: as given.
         unit: what is held out whole, "prompt" or "pair"; "none" where there is nothing to hold out.
         splits: pairs of votes, to fit on and to judge on.
         precision, reliability_variance: the priors of pooled + reliability that did best.
         bases: pooled + reliability under these, fitted on each split.
+        rows: [n] bool of each split, which votes it judges on.
     """
 
     def __init__(self, votes: Votes, repeats: int, seed: int) -> None:
-        if len(votes) > _MOST:
-            votes = votes.of_workers(random_workers(votes, _MOST, 50, seed))
+        self.votes, self.seed = votes, seed
+        self.rows: list[Array] = []
         groups, self.unit = split_groups(votes)
-        self.workers, self.splits = votes.n_workers, []
         if len(np.unique(groups)) > 1:
             shuffle = GroupShuffleSplit(repeats, test_size=_HELD_OUT, random_state=seed)
             for _, judge in shuffle.split(votes.y, groups=groups):
                 mask = np.zeros(len(votes), bool)
                 mask[judge] = True
-                self.splits.append((votes.subset(~mask), votes.subset(mask)))
+                self.rows.append(mask)
         else:
             self.unit = "none"
+        self.splits = [(votes.subset(~mask), votes.subset(mask)) for mask in self.rows]
         self.precision, self.reliability_variance = 10.0, 0.25
         self._choose_priors()
 
@@ -102,7 +119,7 @@ class HeldOut:
         total = np.where(seen, losses, 0).sum(axis=0)
         return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.nan)
 
-    def base(self, votes: Votes) -> ReliabilityReward:
+    def base(self, votes: VoteSet) -> ReliabilityReward:
         """Pooled + reliability under the chosen priors, fitted to all of some votes."""
         return ReliabilityReward(self.precision, self.reliability_variance).fit(votes)
 
@@ -112,121 +129,154 @@ class Choice:
     """What the held-out likelihood chose.
 
     Attributes:
-        size: coteries, or rank; 0 of a rank says that no rank beats pooled + reliability.
-        precision: of the chosen size's prior (of a coterie's reward, or of the basis).
+        member: "lowrank", "slopes" or "mixture"; "reliability" where no other beats it.
+        size: coteries, or directions of taste; that of none (0 directions, 1 coterie) where nothing beats pooled + reliability.
+        prior: of the chosen size: precision of a coterie's reward or of the basis, variance of slopes.
         candidates: all that was tried, pooled + reliability among them.
-        unit: what was held out whole, "prompt", "pair" or "none".
+        losses: held-out log-loss of each worker under each candidate, in their order.
         heldout: the splits and the other priors, to fit with.
     """
 
+    member: str
     size: int
-    precision: float
+    prior: float
     candidates: list[Candidate]
-    unit: str
+    losses: list[Array]
     heldout: HeldOut
 
+    def loss(self, member: str, size: int) -> Array | None:
+        """Held-out log-loss of each worker under a candidate; None where it was not tried."""
+        found = (
+            loss for c, loss in zip(self.candidates, self.losses, strict=True) if (c.member, c.size) == (member, size)
+        )
+        return next(found, None)
 
-def select_rank(votes: Votes, settings: EmbedSettings) -> Choice:
-    """Choose the rank of the low-rank member for training votes; 0 where pooled + reliability does as well.
+
+def select_embedding(heldout: HeldOut, settings: EmbedSettings) -> Choice:
+    """Choose how tastes vary by degrees: along a few directions (low rank), in all (slopes), or not at all.
 
     A rank that `settings` fixes is the only one tried, and is chosen.
     """
-    heldout = HeldOut(votes, settings.splits, settings.seed)
-    limit = min(votes.n_features, _voting(votes) - 1)
-    sizes = range(1, min(settings.max_rank, limit) + 1) if settings.rank == "auto" else (settings.rank,)
+    votes = heldout.votes
+    voting = int(votes.present.sum())
+    if settings.rank != "auto":
+        tried = _try(heldout, "lowrank", (settings.rank,), BASIS_PRECISIONS, everything=True)
+        return _choice(heldout, tried, 0, (("lowrank", settings.rank), BASIS_PRECISIONS[1]))
+    sizes = range(1, min(settings.max_rank, votes.n_features, voting - 1) + 1)
+    tried = _try(heldout, "lowrank", sizes, BASIS_PRECISIONS)
+    if votes.n_features <= _MOST_SLOPES and len(votes) >= _FEWEST_FOR_SLOPES * voting:
+        tried |= _try(heldout, "slopes", (votes.n_features,), SLOPE_VARIANCES)
+    return _choice(heldout, tried, 0)
 
-    def member(rank: int, precision: float) -> Make:
-        return lambda train, base: LowRankReward(rank, base.precision, precision, base=base).fit(train)
 
-    fixed = None if settings.rank == "auto" else settings.rank
-    return _choose(heldout, "lowrank", sizes, BASIS_PRECISIONS, member, 0, fixed)
+def select_coteries(heldout: HeldOut, settings: ClusterSettings, rank: int = 2, smallest: int = 2) -> Choice:
+    """Choose the number of coteries; 1 where pooled + reliability does as well.
 
+    A number that `settings` fixes is the only one tried beside 1, and is chosen.
 
-def select_coteries(votes: Votes, settings: ClusterSettings, rank: int = 2) -> Choice:
-    """Choose the number of coteries for training votes; 1 where pooled + reliability does as well.
-
-    A number that `settings` fixes is the only one tried beside 1, and is chosen. `rank` is that of the embeddings, for
-    the methods that cluster them.
+    Args:
+        rank: of the embeddings, for the methods that cluster them.
+        smallest: workers that a coterie has at least, or its number of coteries is not considered.
     """
-    heldout = HeldOut(votes, settings.splits, settings.seed)
-    sizes = range(2, min(settings.max_coteries, _voting(votes) // 2) + 1)
+    voting = int(heldout.votes.present.sum())
+
+    def make(size: int, prior: float) -> Make:
+        return lambda train, base: fit_coteries(train, size, settings.method, base, prior, rank, settings.seed)
+
     if settings.coteries != "auto":
-        sizes = range(settings.coteries, settings.coteries + 1) if settings.coteries > 1 else range(0)
-
-    def member(coteries: int, precision: float) -> Make:
-        return lambda train, base: fit_coteries(
-            train, min(coteries, _voting(train)), settings.method, base, precision, rank, settings.seed
-        )
-
-    fixed = None if settings.coteries == "auto" else settings.coteries
-    return _choose(heldout, "mixture", sizes, COTERIE_PRECISIONS, member, 1, fixed)
+        fixed, middle = settings.coteries, COTERIE_PRECISIONS[1]
+        tried = {}
+        if 1 < fixed <= voting:
+            tried = _try(heldout, "mixture", (fixed,), COTERIE_PRECISIONS, make, everything=True)
+        return _choice(heldout, tried, 1, (("mixture", fixed), middle))
+    sizes = range(2, min(settings.max_coteries, voting // 2) + 1)
+    return _choice(heldout, _try(heldout, "mixture", sizes, COTERIE_PRECISIONS, make, smallest), 1)
 
 
-def _voting(votes: Votes) -> int:
-    return int(votes.present.sum())
+_Tried = dict[tuple[str, int], tuple[float, Array]]  # member and size: the best prior, and the losses under it
 
 
-def _choose(
+def _member(name: str, seed: int) -> Callable[[int, float], Make]:
+    if name == "slopes":
+        return lambda _, variance: lambda train, base: SlopesReward(variance, base=base).fit(train)
+    return lambda size, prior: (
+        lambda train, base: LowRankReward(size, base.precision, prior, base=base, tol=_TOLERANCE, seed=seed).fit(train)
+    )
+
+
+def _try(
     heldout: HeldOut,
     name: str,
     sizes: range | tuple[int, ...],
-    precisions: tuple[float, ...],
-    member: Callable[[int, float], Make],
-    none: int,
-    fixed: int | None,
-) -> Choice:
-    """Try the sizes, each under its best prior, and apply the rule of one standard error."""
-    middle = precisions[len(precisions) // 2]
-    if not heldout.splits:
-        return Choice(none if fixed is None else fixed, middle, [], heldout.unit, heldout)
-    reference = heldout.losses(heldout.bases)
-    pooled = heldout.losses(heldout.fit(lambda train, base: PooledReward(base.precision).fit(train)))
-    losses: dict[int, Array] = {}
-    priors: dict[int, float] = {}
-    near, worse = precisions, 0
-    for size in progress(sizes, desc=f"{name}: sizes tried", unit="sizes"):
+    priors: tuple[float, ...],
+    member: Callable[[int, float], Make] | None = None,
+    smallest: int = 1,
+    everything: bool = False,
+) -> _Tried:
+    """Each size under its best prior, until larger ones bring nothing; without sizes that leave a coterie too small."""
+    member = member or _member(name, heldout.seed)
+    tried: _Tried = {}
+    near, worse = priors, 0
+    for size in progress(sizes if heldout.splits else (), desc=f"{name}: sizes tried", unit="sizes"):
         if worse == _PATIENCE:
             break
-        fits = {p: heldout.fit(member(size, p)) for p in near}
-        tried = {p: heldout.losses(rewards) for p, rewards in fits.items() if fixed or _populated(rewards)}
-        if not tried:
+        fits = {prior: heldout.fit(member(size, prior)) for prior in near}
+        losses = {
+            p: heldout.losses(rewards) for p, rewards in fits.items() if everything or _populated(rewards, smallest)
+        }
+        if not losses:
             worse += 1
             continue
-        priors[size] = min(tried, key=lambda p: float(np.nanmean(tried[p])))
-        losses[size] = tried[priors[size]]
+        prior = min(losses, key=lambda p: float(np.nanmean(losses[p])))
+        tried[name, size] = prior, losses[prior]
         # More coteries lie further apart: from here on only this prior and the next weaker one.
-        near = precisions[max(precisions.index(priors[size]) - 1, 0) : precisions.index(priors[size]) + 1]
-        best = min(losses, key=lambda s: float(np.nanmean(losses[s])))
-        worse = worse + 1 if best != size else 0
-    chosen = smallest_within_one_error(reference, losses, none) if fixed is None else fixed
-    candidates = [_candidate("pooled", 1, pooled, reference), _candidate("reliability", 1, reference, reference)]
-    candidates += [_candidate(name, size, losses[size], reference) for size in losses]
-    return Choice(chosen, priors.get(chosen, middle), candidates, heldout.unit, heldout)
+        near = priors[max(priors.index(prior) - 1, 0) : priors.index(prior) + 1]
+        best = min(tried, key=lambda key: float(np.nanmean(tried[key][1])))
+        worse = worse + 1 if best != (name, size) else 0
+    return tried
 
 
-def _populated(rewards: Sequence[Reward]) -> bool:
+def _choice(heldout: HeldOut, tried: _Tried, none: int, fixed: tuple[tuple[str, int], float] | None = None) -> Choice:
+    """Apply the rule of one standard error to what was tried; `fixed` names what is chosen whatever it says."""
+    member, size, prior = "reliability", none, 0.0
+    if fixed is not None:
+        (member, size), prior = fixed
+    if not heldout.splits:
+        return Choice(member, size, prior, [], [], heldout)
+    reference = heldout.losses(heldout.bases)
+    pooled = heldout.losses(heldout.fit(lambda train, base: PooledReward(base.precision).fit(train)))
+    if fixed is None:
+        of_each = {key: loss for key, (_, loss) in tried.items()}
+        member, size = smallest_within_one_error(reference, of_each, (member, size))
+    prior = tried[member, size][0] if (member, size) in tried else prior
+    losses = {("pooled", 1): pooled, ("reliability", 1): reference} | {key: loss for key, (_, loss) in tried.items()}
+    candidates = [candidate(*key, loss, reference) for key, loss in losses.items()]
+    return Choice(member, size, prior, candidates, list(losses.values()), heldout)
+
+
+def _populated(rewards: Sequence[Reward], smallest: int) -> bool:
     """Whether every split fills every coterie; a group of one is none, and an empty one only blurs predictions."""
-    return all(r.smallest_ >= _FEWEST_WORKERS for r in rewards if isinstance(r, MixtureReward))
+    return all(r.smallest_ >= smallest for r in rewards if isinstance(r, MixtureReward))
 
 
-def smallest_within_one_error(reference: Array, losses: dict[int, Array], none: int) -> int:
-    """The smallest size within one standard error of the best, if that beats `reference` by one; else `none`.
+def smallest_within_one_error(reference: Array, losses: Mapping[Key, Array], none: Key) -> Key:
+    """The first, and so the simplest, within one standard error of the best, if that beats `reference` by one; else `none`.
 
     Args:
         reference: held-out log-loss of each worker under pooled + reliability.
-        losses: the same under each size.
-        none: what to return where no size beats the reference.
+        losses: the same under each candidate, the simplest first.
+        none: what to return where no candidate beats the reference.
     """
-    beating = [size for size, loss in losses.items() if beats(*_paired(reference, loss))]
+    beating = [key for key, loss in losses.items() if beats(*paired(reference, loss))]
     if not beating:
         return none
-    best = min(losses, key=lambda size: float(np.nanmean(losses[size])))
+    best = min(losses, key=lambda key: float(np.nanmean(losses[key])))
 
-    def close(size: int) -> bool:
-        gap, error = _paired(losses[size], losses[best])
+    def close(key: Key) -> bool:
+        gap, error = paired(losses[key], losses[best])
         return gap <= error
 
-    return min(size for size in [*beating, best] if close(size))
+    return next(key for key in losses if (key in beating or key == best) and close(key))
 
 
 def beats(gain: float, error: float) -> bool:
@@ -234,7 +284,7 @@ def beats(gain: float, error: float) -> bool:
     return gain > max(error, _NOTICEABLE)
 
 
-def _paired(a: Array, b: Array) -> tuple[float, float]:
+def paired(a: Array, b: Array) -> tuple[float, float]:
     """Mean over workers of a - b, and its standard error (0 for a single worker)."""
     difference = (a - b)[np.isfinite(a - b)]
     if not len(difference):
@@ -243,38 +293,7 @@ def _paired(a: Array, b: Array) -> tuple[float, float]:
     return float(difference.mean()), float(error)
 
 
-def _candidate(member: str, size: int, losses: Array, reference: Array) -> Candidate:
-    gain, error = _paired(reference, losses)
+def candidate(member: str, size: int, losses: Array, reference: Array) -> Candidate:
+    """How a member of a size did, by the held-out log-loss of each worker under it and under pooled + reliability."""
+    gain, error = paired(reference, losses)
     return Candidate(member=member, size=size, log_loss=float(np.nanmean(losses)), gain=gain, standard_error=error)
-
-
-def half_split_ari(
-    votes: Votes,
-    n_coteries: int,
-    method: Method,
-    heldout: HeldOut,
-    precision: float,
-    rank: int,
-    repeats: int,
-    seed: int,
-) -> float | None:
-    """Adjusted Rand index between the coteries found on two item-disjoint halves, over the workers who vote in both.
-
-    The mean over `repeats` random halves; None where there are no two halves or not enough workers in one.
-    """
-    groups, _ = split_groups(votes)
-    if len(np.unique(groups)) < 2:
-        return None
-    scores = []
-    for one, other in GroupShuffleSplit(repeats, test_size=0.5, random_state=seed).split(votes.y, groups=groups):
-        labels, voting = [], np.ones(votes.n_workers, bool)
-        for rows in (one, other):
-            half = votes.subset(np.sort(rows))
-            voting &= half.present
-            if _voting(half) < n_coteries:
-                return None
-            fitted = fit_coteries(half, n_coteries, method, heldout.base(half), precision, rank, seed)
-            labels.append(fitted.responsibilities_.argmax(axis=1))
-        if voting.any():
-            scores.append(adjusted_rand_score(labels[0][voting], labels[1][voting]))
-    return float(np.mean(scores)) if scores else None

@@ -20,8 +20,8 @@ def taste_directions(votes: Votes, theta: Array, n_directions: int, precision: f
         each [n_directions], workers weighted by their comparisons.
     """
     logits = votes.x @ theta.astype(np.float32)
-    gradients = votes.gradients_by_worker(residual(logits, votes.y))[votes.present]
-    values, vectors = np.linalg.eigh(mean_hessian(votes.x, theta))
+    gradients = votes.gradients_by_worker(votes.weighted(residual(logits, votes.y)))[votes.present]
+    values, vectors = np.linalg.eigh(mean_hessian(votes, theta))
     counts = votes.counts[votes.present].astype(np.float64)
     tastes = (gradients @ vectors) / (counts[:, None] * np.maximum(values, 0) + precision) @ vectors.T
     along = theta / max(float(np.linalg.norm(theta)), 1e-12)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+from scipy.stats import binomtest
+
+from coterie.report.people import Direction, People, sample
+from coterie.report.words import MEMBERS, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +24,11 @@ Array = NDArray[Any]
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900", "#3A9BC1", "#555555", "#7A5230")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_INK, _FAINT, _RULE = "#1d2429", "#6b757c", "#d9dee1"
-_WIDTH = 6.4  # inches; the page scales it, 10 points stay readable at 530 pixels
-_MOST_POINTS = 2000
+_INK, _FAINT, _RULE = "#1d2429", "#5d686f", "#d9dee1"
+_WIDTH = 5.0  # inches; the page scales it: 10 points are 10 pixels on a phone and 14 in Kubeflow's frame
+_MOST_POINTS = 1000
+_MOST_LEAVES, _FEWEST_LEAVES = 300, 3
+_BEYOND = 6.0  # times the range of what is worth looking at: a candidate worse than that is drawn at the border
 
 _STYLE = {
     "svg.hashsalt": "coterie",
@@ -50,68 +57,121 @@ def look(coterie: int) -> tuple[str, str]:
     return COLOURS[coterie % len(COLOURS)], MARKERS[(coterie + coterie // len(COLOURS)) % len(MARKERS)]
 
 
-def worker_map(embedding: Array, coterie: Array, posterior: Array, comparisons: Array, seed: int = 0) -> str | None:
-    """The workers on the first two principal components of their embeddings, as SVG.
+def worker_map(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
+    """The workers along the directions in which their tastes differ most, as SVG.
 
     Args:
-        embedding: [workers, rank]. coterie: [workers]. posterior: [workers, K]. comparisons: [workers], training.
+        people: who they are.
+        ids: [K], what the coteries are called.
         seed: of the sample that is drawn where there are more workers than a page can show.
 
     Returns:
-        None where the embeddings do not differ (one taste).
+        None where tastes do not differ.
     """
-    centred = np.asarray(embedding, dtype=np.float64) - embedding.mean(axis=0)
-    if centred.shape[1] == 0 or not np.isfinite(centred).all() or np.abs(centred).max() < 1e-9:
+    if not people.directions:
         return None
-    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
-    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]  # SVD leaves the signs open
-    share = spread**2 / (spread**2).sum()
-    place = centred @ axes[:2].T
-    certainty = posterior.max(axis=1)
-    flat = place.shape[1] == 1
-    if flat:  # a strip a coterie, its marks spread across the strip so that they can be told apart
-        spread_out = (0.618034 * np.arange(len(place))) % 1 - 0.5
-        place = np.column_stack([place[:, 0], coterie + 0.5 * spread_out])
-    shown = np.arange(len(place))
-    if len(shown) > _MOST_POINTS:
-        shown = np.sort(np.random.default_rng(seed).choice(len(place), _MOST_POINTS, replace=False))
-    size = 12 + 70 * np.sqrt(comparisons / max(comparisons.max(), 1))
+    flat, coteries = len(people.directions) == 1, len(ids)
+    first, second = people.directions[0], people.directions[-1]
+    number = np.arange(len(people.coterie))
+    # On a strip for each coterie, marks are spread across it so that they can be told apart.
+    place = np.column_stack(
+        [first.place, people.coterie + 0.5 * ((0.618034 * number) % 1 - 0.5) if flat else second.place]
+    )
+    shown = sample(len(number), _MOST_POINTS, seed)
+    size = 12 + 70 * np.sqrt(people.comparisons / max(people.comparisons.max(), 1))
+    # From 0, every coterie as probable as the next, to 1.
+    sure = (
+        (people.posterior.max(axis=1) - 1 / coteries) / (1 - 1 / coteries)
+        if coteries > 1
+        else np.full(len(number), 0.5)
+    )
 
     def draw(ax: Axes) -> None:
-        for k in range(posterior.shape[1]):
-            rows = shown[coterie[shown] == k]
+        for k, name in enumerate(ids):
+            rows = shown[people.coterie[shown] == k]
             if not len(rows):
                 continue
-            colour, marker = look(k)
-            # From 0, every coterie as probable as the next, to 1.
-            sure = (certainty[rows] - 1 / posterior.shape[1]) / max(1 - 1 / posterior.shape[1], 1e-9)
+            colour, marker = look(name)
+            x, y = place[rows].T
             ax.scatter(
-                place[rows, 0], place[rows, 1], s=size[rows], marker=marker, color=colour,
-                alpha=np.clip(0.15 + 0.6 * sure, 0.15, 0.75), linewidths=0,
-            )  # fmt: skip
-            ax.scatter(
-                place[rows, 0], place[rows, 1], s=size[rows], marker=marker, facecolors="none", edgecolors=colour,
-                linewidths=0.7,
-            )  # fmt: skip
-            if flat or posterior.shape[1] == 1:
+                x, y, s=size[rows], marker=marker, color=colour, alpha=np.clip(0.8 * sure[rows], 0, 0.8), linewidths=0
+            )
+            ax.scatter(x, y, s=size[rows], marker=marker, facecolors="none", edgecolors=colour, linewidths=0.7)
+            if flat or coteries == 1:
                 continue
-            middle = np.median(place[coterie == k], axis=0)
+            middle = np.median(place[people.coterie == k], axis=0)
             box = {"boxstyle": "circle,pad=0.28", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
-            ax.annotate(str(k), middle, ha="center", va="center", weight="bold", bbox=box)
-        ax.set_xlabel(f"first direction of taste ({share[0]:.0%} of the variance)")
+            ax.annotate(str(name), middle, ha="center", va="center", weight="bold", bbox=box)
         ax.grid(True, axis="x" if flat else "both")
-        ax.margins(0.06)
+        ax.margins(0.08)
+        ax.tick_params(labelbottom=False, labelleft=flat)
+        ax.set_xlabel(_named(first, f"first direction of taste ({first.share:.0%} of the differences)"))
         if flat:
-            ax.set_yticks(range(posterior.shape[1]), [f"coterie {k}" for k in range(posterior.shape[1])], color=_INK)
-            ax.set_ylim(posterior.shape[1] - 0.5, -0.5)
+            ax.set_yticks(range(coteries), [f"coterie {name}" for name in ids], color=_INK)
+            ax.set_ylim(coteries - 0.5, -0.5)
+            ax.tick_params(labelleft=coteries > 1)
         else:
-            ax.set_ylabel(f"second direction ({share[1]:.0%})")
+            ax.set_ylabel(_named(second, f"second direction ({second.share:.0%})"))
             ax.set_aspect("equal", adjustable="datalim")
 
-    return _svg("map", "Map of workers by taste", 0.9 + 0.8 * posterior.shape[1] if flat else 4.2, draw)
+    return _svg("map", "Map of the annotators by taste", 1.1 + 0.8 * coteries if flat else 4.2, draw)
 
 
-def gains(estimates: Sequence[dict[str, Any]]) -> str:
+def _named(direction: Direction, told: str) -> str:
+    low, high = direction.ends
+    ends = f"← {low}\u2003·\u2003{high} →\n" if high else ""  # SVG keeps wide spaces only
+    return f"{ends}{told}"
+
+
+def dendrogram(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
+    """Who is like whom: Ward's linkage of the workers' tastes, every worker marked in the row of their coterie.
+
+    Args:
+        people: who they are. ids: [K], what the coteries are called.
+        seed: of the workers who are drawn where there are more than a page can show.
+
+    Returns:
+        None where tastes do not differ, or fewer than three workers have any.
+    """
+    shown = sample(len(people.coterie), _MOST_LEAVES, seed)
+    if not people.directions or len(shown) < _FEWEST_LEAVES:
+        return None
+    linkage = hierarchy.linkage(people.tastes[shown], method="ward")
+    owner = people.coterie[
+        shown
+    ].tolist()  # of a leaf or branch: the coterie of all its leaves, -1 where they are of several
+    for one, other in linkage[:, :2].astype(int):
+        owner.append(owner[one] if owner[one] == owner[other] else -1)
+
+    def colour_of(branch: int) -> str:
+        return _FAINT if owner[branch] < 0 or len(ids) == 1 else look(ids[owner[branch]])[0]
+
+    tree = hierarchy.dendrogram(linkage, no_plot=True, link_color_func=colour_of)
+    coterie = people.coterie[shown][tree["leaves"]]
+    top = float(linkage[-1, 2])
+    step = 0.09 * top
+
+    def draw(ax: Axes) -> None:
+        for across, up, colour in zip(tree["icoord"], tree["dcoord"], tree["color_list"], strict=True):
+            ax.plot(across, up, color=colour, linewidth=0.8, solid_joinstyle="miter")
+        for k, name in enumerate(ids):
+            colour, marker = look(name)
+            at = np.flatnonzero(coterie == k)
+            ax.scatter(
+                10 * at + 5, np.full(len(at), -(k + 1) * step), s=np.clip(2500 / len(coterie), 7, 45), marker=marker,
+                color=colour, linewidths=0,
+            )  # fmt: skip
+        rows = -step * np.arange(1, len(ids) + 1)
+        ax.set_yticks(rows, [f"coterie {name}" if len(ids) > 1 else "" for name in ids], color=_INK)
+        ax.set_xticks([])
+        ax.set(xlim=(0, 10 * len(coterie)), ylim=(-step * (len(ids) + 0.6), 1.03 * top))
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+
+    return _svg("dendrogram", "Tree of the annotators by likeness of taste", 2.7 + 0.22 * len(ids), draw)
+
+
+def gains(estimates: Sequence[Mapping[str, Any]]) -> str:
     """Own reward minus global (filled) and minus wrong coterie's (hollow), in accuracy points, with intervals.
 
     Args:
@@ -137,17 +197,17 @@ def gains(estimates: Sequence[dict[str, Any]]) -> str:
         ax.plot([], [], marker="o", color=_FAINT, markerfacecolor="white", linestyle="none", label="own − wrong")
         ax.set_yticks(range(len(estimates)), [f"coterie {c['id']}" for c in estimates], color=_INK)
         ax.set_ylim(len(estimates) - 0.5, -0.5)
-        ax.set_xlabel("difference in held-out accuracy, percentage points")
+        ax.set_xlabel("more choices predicted, percentage points")
         ax.grid(True, axis="x")
         ax.spines["left"].set_visible(False)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.2)
 
-    return _svg("gains", "Own against global and wrong rewards", 0.9 + 0.55 * len(estimates), draw)
+    return _svg("gains", "Own against global and wrong rewards", 1.0 + 0.55 * len(estimates), draw)
 
 
-def selection(candidates: Sequence[dict[str, Any]]) -> str | None:
+def selection(candidates: Sequence[Mapping[str, Any]]) -> str | None:
     """Held-out gain of every tried member over its size, with one standard error; the band of the one-SE rule is that
-    of the chosen member's best size.
+    of the best.
 
     Args:
         candidates: contracts.Candidate as dicts.
@@ -157,37 +217,123 @@ def selection(candidates: Sequence[dict[str, Any]]) -> str | None:
     """
     if len(candidates) < 2:
         return None
-    family = {c["member"] for c in candidates if c["chosen"]} or {c["member"] for c in candidates}
-    best = max((c for c in candidates if c["member"] in family), key=lambda c: c["gain"])
-    members = list(dict.fromkeys(c["member"] for c in candidates))
+    best = max(candidates, key=lambda c: c["gain"])
+    members = [member for member in MEMBERS if any(c["member"] == member for c in candidates)]
+    sizes = sorted({c["size"] for c in candidates})
+    top = max(1000 * (c["gain"] + c["standard_error"]) for c in candidates)
+    # One that went far astray would flatten all others.
+    floor = -_BEYOND * max(top, 1000 * float(np.median([c["standard_error"] for c in candidates])), 1.0)
+
+    def at(candidate: Mapping[str, Any]) -> tuple[float, float]:
+        shift = 0.12 * (members.index(candidate["member"]) - (len(members) - 1) / 2)
+        return sizes.index(candidate["size"]) + shift, max(1000 * candidate["gain"], floor)
 
     def draw(ax: Axes) -> None:
-        low = 1000 * (best["gain"] - best["standard_error"])
-        ax.axhspan(low, 1000 * best["gain"], color="#eef2f4", label="one standard error from its best")
+        if best["standard_error"] > 0:
+            low = 1000 * (best["gain"] - best["standard_error"])
+            ax.axhspan(low, 1000 * best["gain"], color="#e6ecef", label="one standard error from the best")
         ax.axhline(0, color=_INK, linewidth=0.8)
-        for at, member in enumerate(members):
-            points = sorted((c for c in candidates if c["member"] == member), key=lambda c: c["size"])
-            colour, marker = look(at)
-            x = [c["size"] + 0.12 * (at - (len(members) - 1) / 2) for c in points]
+        for member in members:
+            tried = sorted((c for c in candidates if c["member"] == member), key=lambda c: c["size"])
+            colour, marker = look(list(MEMBERS).index(member))
+            x, y = np.array([at(c) for c in tried]).T
+            inside = y > floor
+            error = 1000 * np.array([c["standard_error"] for c in tried])
+            ax.plot(x[inside], y[inside], color=colour, linewidth=1.2)
             ax.errorbar(
-                x, [1000 * c["gain"] for c in points], yerr=[1000 * c["standard_error"] for c in points],
-                marker=marker, color=colour, markersize=6, linewidth=1.2, elinewidth=1.2, label=member,
+                x[inside], y[inside], yerr=error[inside], marker=marker, color=colour, markersize=6, linestyle="none",
+                elinewidth=1.2, label=MEMBERS[member][0],
             )  # fmt: skip
-            for place, c in zip(x, points, strict=True):
-                if c["chosen"]:
-                    ax.plot(
-                        place, 1000 * c["gain"], marker="o", markersize=15, markerfacecolor="none",
-                        markeredgecolor=_INK, linestyle="none", label="chosen",
-                    )  # fmt: skip
-        sizes = sorted({c["size"] for c in candidates})
-        ax.set_xticks(sizes, [str(size) for size in sizes])
-        ax.set_xlabel("coteries of a mixture, rank of a low-rank member")
-        ax.set_ylabel("gain in log-loss × 1000")
+        for c in candidates:
+            if at(c)[1] <= floor:
+                told = f"↓ {signed(1000 * c['gain'], 0)}"
+                ax.annotate(told, at(c), xytext=(5, 3), textcoords="offset points", color=_FAINT)
+            if c["chosen"]:
+                ring: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _INK, "linestyle": "none"}
+                ax.plot(*at(c), markersize=15, **ring)
+                ax.plot([], [], markersize=9, label="chosen", **ring)
+        lowest = min(1000 * (c["gain"] - c["standard_error"]) for c in candidates)
+        ax.set_ylim(bottom=max(lowest, floor) - 0.08 * (top - max(lowest, floor)))
+        ax.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        ax.set_xlabel("number of groups, or of directions of taste")
+        ax.set_ylabel("gain, nats × 1000")
         ax.grid(True, axis="y")
-        ax.margins(y=0.15)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.2)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, columnspacing=1.2)
 
-    return _svg("selection", "Held-out gain over the number of coteries", 3.6, draw)
+    return _svg("selection", "Held-out gain over the number of groups", 4.0, draw)
+
+
+def newcomers(shots: Mapping[int, Mapping[str, Any]], seen: float | None) -> str | None:
+    """What new workers gain over one reward for all, in accuracy points, after some of their own comparisons.
+
+    Args:
+        shots: contracts.Heldout as dicts, by the number of comparisons.
+        seen: the same gain of the workers who were learned from.
+
+    Returns:
+        None where fewer than two points have a number.
+    """
+    gain = {k: point["difference_to_pooled"]["accuracy"] for k, point in sorted(shots.items())}
+    gain = {k: estimate for k, estimate in gain.items() if estimate["value"] is not None}
+    if len(gain) < 2:
+        return None
+
+    def draw(ax: Axes) -> None:
+        ax.axhline(0, color=_INK, linewidth=0.8)
+        y = np.array([100 * e["value"] for e in gain.values()])
+        low, high = (
+            np.array([100 * (e["value"] if e[end] is None else e[end]) for e in gain.values()])
+            for end in ("low", "high")
+        )
+        x, colour = np.arange(len(gain)), COLOURS[0]
+        ax.errorbar(x, y, yerr=[y - low, high - y], marker="o", color=colour, markersize=6, linewidth=1.4, capsize=3)
+        if seen is not None:
+            ax.axhline(100 * seen, color=_FAINT, linewidth=1, linestyle="--")
+            ax.annotate(
+                "those it was learned from", (0, 100 * seen), xytext=(0, 3), textcoords="offset points", color=_FAINT
+            )
+        ax.set_xticks(x, [str(k) for k in gain])
+        ax.set_xlabel("own comparisons of a new annotator")
+        ax.set_ylabel("points more than one reward")
+        ax.grid(True, axis="y")
+
+    return _svg("newcomers", "What new annotators gain after some comparisons", 2.9, draw)
+
+
+def calibration(curve: Sequence[Mapping[str, float]], level: float) -> str | None:
+    """How often predictions are right over how sure they are; bars are what chance alone leaves open.
+
+    Args:
+        curve: of portraits.calibration_curve.
+        level: of the bars, Wilson's interval of a share.
+
+    Returns:
+        None where there are fewer than two bins.
+    """
+    if len(curve) < 2:
+        return None
+
+    def draw(ax: Axes) -> None:
+        x, y = (np.array([100 * point[name] for point in curve]) for name in ("confidence", "accuracy"))
+        chance = [
+            binomtest(round(point["accuracy"] * point["comparisons"]), int(point["comparisons"])).proportion_ci(
+                level, "wilson"
+            )
+            for point in curve
+        ]
+        low, high = (np.array([100 * getattr(interval, end) for interval in chance]) for end in ("low", "high"))
+        ends = [50, max(float(x.max()), float(high.max())) + 1]
+        ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle="--", label="as sure as right")
+        ax.errorbar(
+            x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", color=COLOURS[0], markersize=6,
+            linewidth=1.2, capsize=3,
+        )  # fmt: skip
+        ax.set_xlabel("how sure the prediction is, %")
+        ax.set_ylabel("how often it is right, %")
+        ax.grid(True)
+        ax.legend(loc="lower right")
+
+    return _svg("calibration", "How often predictions are right, over how sure they are", 3.2, draw)
 
 
 def glyph(coterie: int) -> str:

@@ -29,7 +29,7 @@ def assemble_metrics(
         versions=dict(versions),
         data={name: int(data[name]) for name in ("workers", "comparisons", "refused")},
         heterogeneity=clustered.get("heterogeneity"),
-        selection=clustered["selection"],
+        selection=clustered["selection"] | {"ships": evaluated["ships"]},  # as the gates left it
         heldout=evaluated["heldout"],
         stability={name: value for name, value in clustered["stability"].items() if value is not None},
         worst=evaluated["worst"],

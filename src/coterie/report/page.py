@@ -1,26 +1,25 @@
-"""report.html: one page that needs nothing else, narrow enough for Kubeflow's frame, and for paper."""
+"""report.html: one page that needs nothing else, narrow enough for a phone and for Kubeflow's frame, and for paper."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from scipy.special import expit
 
-from coterie.contracts import ASSIGNMENT, COMPARISON, DIFFERENCE, TEST, iterate, matrix, write_text
+from coterie.contracts import GLOBAL, write_text
 from coterie.report import charts, words
 from coterie.report.metrics import read
-from coterie.rewards import RewardHead
+from coterie.report.pairs import telling_pairs
+from coterie.report.people import People
 
-_PAIRS = 3  # of the pairs that divide the coteries most
-_EXCERPT = 700  # characters of a text that the page shows
 _TINT = 0.10  # difference in accuracy at which a cell of the matrix has its full colour
+_FEATURES = 5  # of a coterie's style features that are shown
+_TRIFLE = 0.005  # a weight that would be shown as zero
+_FILTERS = ("number", "share", "signed", "points", "nats", "duration", "size", "sure", "tried")
 
 
 def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Path, title: str) -> None:
@@ -31,54 +30,68 @@ def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Pa
         metrics: contracts.Metrics as a dictionary.
         out: the file.
         title: of the page.
+
+    Raises:
+        BadData: a stage's table is missing or damaged.
     """
-    people = ASSIGNMENT.read(stages["cluster"] / "assignments.parquet")
-    evaluated = read(stages["evaluate"])
-    coteries = metrics["coteries"]
-    several = len(coteries) > 1
+    people, evaluated = People.load(stages), read(stages["evaluate"])
+    coteries, heldout, selection = metrics["coteries"], metrics["heldout"], metrics["selection"]
+    candidates = sorted(selection["candidates"], key=lambda c: (list(words.MEMBERS).index(c["member"]), c["size"]))
+    shots = {int(k): point for k, point in heldout.get("unseen_by_shots", {}).items()}
+    ids, several = [coterie["id"] for coterie in coteries], len(coteries) > 1
+    gain = heldout["seen"]["difference_to_pooled"]["accuracy"]["value"]
+    differ = selection["verdict"] != "one-taste"  # of chance, a tree looks like groups
+    drawn = {
+        "map": charts.worker_map(people, ids),
+        "dendrogram": charts.dendrogram(people, ids) if differ else None,
+        "gains": charts.gains(_differences(coteries, evaluated)) if several else None,
+        "selection": charts.selection(candidates),
+        "newcomers": charts.newcomers(shots, gain) if selection.get("ships") != "one-reward" else None,
+        "calibration": charts.calibration(evaluated.get("calibration_curve", []), evaluated["level"]),
+    }
     context = {
         "title": title,
         "verdict": words.verdict_line(metrics),
         "evidence": words.evidence(metrics),
         "metrics": metrics,
-        "seen": metrics["heldout"]["seen"],
+        "selection": selection,
+        "candidates": candidates,
+        "ships": selection.get("ships"),
+        "seen": heldout["seen"],
+        "shots": dict(sorted(shots.items())),
         "data": read(stages["ingest"]),
         "encoder": read(stages["encode"]),
         "evaluated": evaluated,
+        "gates": {gate["coterie"]: gate for gate in evaluated["gates"]},
         "several": several,
-        "glyphs": [Markup(charts.glyph(coterie["id"])) for coterie in coteries],
-        "embedded_rank": matrix(people["embedding"]).shape[1],
-        "map": _inline(
-            charts.worker_map(
-                matrix(people["embedding"]),
-                people["coterie"].to_numpy(),
-                matrix(people["posterior"]),
-                people["comparisons"].to_numpy(),
-            )
-        ),
-        "table": _own_global_wrong(evaluated["matrix"]["accuracy"]) if several else [],
-        "gains": _inline(charts.gains(_differences(coteries, evaluated)) if several else None),
-        "selection": _inline(charts.selection(metrics["selection"]["candidates"])),
-        "pairs": _divisive_pairs(stages, len(coteries)) if several else [],
+        "differ": differ,
+        "glyphs": [Markup(charts.glyph(name)) for name in ids],
+        "directions": len(people.directions),
+        "styles": _styles(coteries),
+        "models": _models(evaluated["matrix"]["models"], ids),
+        "table": _own_global_wrong(evaluated["matrix"]) if several else [],
+        "pairs": telling_pairs(stages, people.posterior.mean(axis=0)) if several else None,
+        # Our own charts: nothing of the data is markup in them.
+        "charts": {name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
     }
     environment = Environment(
         loader=PackageLoader("coterie.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_unbroken,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        name: getattr(words, name) for name in ("number", "share", "signed", "points", "nats", "duration", "size")
-    }
+    environment.filters |= {name: getattr(words, name) for name in _FILTERS}
     write_text(out, environment.get_template("report.html.j2").render(context))
 
 
-def _inline(svg: str | None) -> Markup | None:
-    return None if svg is None else Markup(svg)  # our own charts: nothing of the data is markup in them
+def _unbroken(shown: Any) -> Any:
+    """A number and its percent sign stay on one line."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", shown) if isinstance(shown, str) and not isinstance(shown, Markup) else shown
 
 
-def _differences(coteries: list[dict[str, Any]], evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _differences(coteries: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A coterie's own reward minus the global and minus the wrong ones, in accuracy."""
     return [
         {
@@ -90,67 +103,61 @@ def _differences(coteries: list[dict[str, Any]], evaluated: Mapping[str, Any]) -
     ]
 
 
-def _own_global_wrong(accuracy: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+def _models(names: Sequence[str], ids: Sequence[int]) -> list[str]:
+    """What the models of the matrix are called on the page."""
+    called = {GLOBAL: "global reward"} | {f"coterie-{k}": f"reward of {name}" for k, name in enumerate(ids)}
+    return [called.get(name, name) for name in names]
+
+
+def _own_global_wrong(matrix: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """The cells of the coterie-by-model table: accuracy, whose reward it is, and a tint by the gain over the global one."""
     rows = []
-    for k, cells in enumerate(accuracy):
-        common = cells[0]["value"]
+    for k, cells in enumerate(matrix["accuracy"]):
+        common = cells[matrix["models"].index(GLOBAL)]["value"]
         row = []
-        for m, cell in enumerate(cells):
-            gain = cell["value"] - common
-            strength = 0.0 if gain != gain else float(np.clip(abs(gain) / _TINT, 0, 1))
+        for model, cell in zip(matrix["models"], cells, strict=True):
+            value = cell["value"]
+            gain = 0.0 if value is None or common is None else value - common
             colour = "0, 114, 178" if gain > 0 else "213, 94, 0"
             row.append(
                 {
-                    "value": cell["value"],
-                    "kind": "global" if m == 0 else "own" if m == k + 1 else "wrong",
-                    "tint": f"rgba({colour}, {0.32 * strength:.3f})",
+                    "value": value,
+                    "kind": "global" if model == GLOBAL else "own" if model == f"coterie-{k}" else "wrong",
+                    "tint": f"rgba({colour}, {0.32 * min(abs(gain) / _TINT, 1):.3f})",
                 }
             )
         rows.append(row)
     return rows
 
 
-def _divisive_pairs(stages: Mapping[str, Path], coteries: int) -> list[dict[str, Any]]:
-    """The test pairs on which the coteries' own rewards disagree most: two texts, and each coterie's probability."""
-    heads = [RewardHead.load(stages[f"coterie-{k}"]) for k in range(coteries)]
-    table = DIFFERENCE.read(stages["embed"] / "differences.parquet", ["comparison_id", "split", "x"])
-    table = table.filter(pc.equal(table["split"].cast(pa.string()), TEST))
-    if not len(table):
-        return []
-    x = matrix(table["x"])
-    probability = expit(np.stack([head.margin(x) for head in heads], axis=1))
-    order = np.argsort(probability.min(axis=1) - probability.max(axis=1), kind="stable")[: 40 * _PAIRS]
-    ids = table["comparison_id"].take(pa.array(order)).to_pylist()
-    texts = _texts(stages["ingest"] / "comparisons.parquet", ids)
-    pairs, prompts = [], set()
-    for name, row in zip(ids, order, strict=True):
-        text = texts[name]
-        if text["prompt_id"] in prompts:  # one pair a prompt, so that three pairs say three things
-            continue
-        prompts.add(text["prompt_id"])
-        pairs.append(
-            {
-                "prompt": _excerpt(text["prompt"]),
-                "texts": (_excerpt(text["chosen"]), _excerpt(text["rejected"])),
-                "first": [float(p) for p in probability[row]],
-            }
-        )
-        if len(pairs) == _PAIRS:
-            break
-    return pairs
+def _styles(coteries: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The largest style weights of each coterie, as bars on one scale; none where they were not measured.
+
+    What is liked is in the words, so that its weight is above zero and less sure ones reach below it.
+    """
+    shown = []
+    for coterie in coteries:
+        told = [_liked(feature) for feature in coterie.get("style", [])[:_FEATURES]]
+        shown.append([feature for feature in told if feature["weight"][0] >= _TRIFLE])
+    reached = [value for features in shown for feature in features for value in feature["weight"] if value is not None]
+    left, right = min([0.0, *reached]), max([0.0, *reached])
+
+    def at(value: float) -> float:
+        return float(round(100 * (value - left) / (right - left), 1))
+
+    for features in shown:
+        for feature in features:
+            value, low, high = feature["weight"]
+            feature |= {"zero": at(0), "at": at(value), "sure": low is not None and low > 0}
+            feature |= {} if low is None else {"from": at(low), "width": round(at(high) - at(low), 1)}
+    return shown
 
 
-def _texts(comparisons: Path, ids: list[str]) -> dict[str, dict[str, str]]:
-    """Prompt and responses of some comparisons, read a batch at a time."""
-    columns = ["comparison_id", "prompt_id", "prompt", "chosen", "rejected"]
-    wanted, found = pa.array(ids, pa.string()), {}
-    for batch in iterate(COMPARISON.open(comparisons), columns):
-        for row in batch.filter(pc.is_in(batch["comparison_id"], wanted)).to_pylist():
-            found[row["comparison_id"]] = row
-    return found
-
-
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT].rsplit(None, 1)[0] + " …"
+def _liked(feature: Mapping[str, Any]) -> dict[str, Any]:
+    """Words of a style feature and its weight with ends, all of them as sizes of what the words say."""
+    weight = feature["weight"]
+    value, low, high = weight["value"], weight["low"], weight["high"]
+    if value < 0:
+        value = -value
+        low, high = (None, None) if low is None else (-high, -low)
+    return {"words": feature["words"], "weight": (value, low, high)}

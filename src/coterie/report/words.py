@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import expm1
 from typing import Any
 
+from coterie.discovery.discover import LEVEL
+from coterie.discovery.stability import STABLE
 
+# A member of the family: as a chart's legend has it, and what it says about people.
+MEMBERS: dict[str, tuple[str, str]] = {
+    "pooled": ("one reward", "everybody wants the same"),
+    "reliability": ("one reward, care counted", "everybody wants the same, some answer with less care"),
+    "mixture": ("groups", "{} groups who want different things"),
+    "lowrank": ("by degrees", "tastes differ by degrees, along {} direction{s}"),
+    "slopes": ("each their own", "everybody differs from everybody, in all {} features"),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
 def number(value: float) -> str:
     """A count with separators: 12,000."""
     return f"{value:,.0f}"
@@ -57,82 +71,186 @@ def interval(estimate: Mapping[str, Any] | None, factor: float = 1, digits: int 
     return f"{told(estimate['value'])} [{told(estimate['low'])}, {told(estimate['high'])}]"
 
 
+def sure(confidence: float) -> str:
+    """A share of resamples, which cannot tell 100 % from a little less: 93 %, over 99 %."""
+    return "over 99 %" if confidence > 0.995 else share(confidence, 0)
+
+
+def chances(p: float) -> str:
+    """A probability as what one meets: 1 of 60, 42 of 100."""
+    return f"{round(100 * p)} of 100" if p >= 0.1 else f"1 of {number(round(1 / p))}"
+
+
+# -------------------------------------------------------------------------------------------------------------- verdict
 def verdict_line(metrics: Mapping[str, Any]) -> str:
-    """The finding in one sentence."""
-    chosen, workers = metrics["selection"], number(metrics["data"]["workers"])
-    coteries = chosen["coteries"]
-    if chosen["verdict"] == "one-taste" or coteries == 1:
-        return f"One reward serves all {workers} workers."
+    """The finding in one sentence, and how sure it is."""
+    chosen, people = metrics["selection"], f"{number(metrics['data']['workers'])} annotators"
+    coteries, ships = chosen["coteries"], chosen.get("ships")
+    confidence = _confidence(chosen)
+    if chosen.get("insisted"):
+        served = {
+            "one-reward": "share one reward",
+            "embedding": "are each served by their own place among all tastes",
+        }.get(str(ships), f"are served in {coteries} coteries" if coteries > 1 else "share one reward")
+        return f"Your {people} {served} because the recipe insisted; the data say {_said(chosen)}{confidence}."
+    if chosen["verdict"] == "one-taste":
+        return f"One reward serves all {people}{_at_most(chosen) or confidence}."
     if chosen["verdict"] == "continuous":
-        return (
-            f"The {workers} workers’ tastes differ by degrees; {coteries} coteries sum them up, without sharp borders."
-        )
-    if chosen["insisted"]:
-        return f"The {workers} workers in {coteries} coteries, as the recipe asked."
-    return f"The {workers} workers fall into {coteries} coteries that want different things."
+        apart = {
+            "embedding": ": each is served by their own place among all tastes",
+            "one-reward": ": too little to be served apart",
+        }.get(str(ships), "")
+        summed = f"{', and' if apart else ':'} {coteries} coteries only sum them up" if coteries > 1 else ""
+        return f"Your {people} differ by degrees, not in groups{confidence}{apart}{summed}."
+    return f"Your {people} fall into {coteries} coteries that want different things{confidence}."
 
 
+def _confidence(chosen: Mapping[str, Any]) -> str:
+    confidence = chosen.get("confidence")
+    return " (how sure that is was not measured)" if confidence is None else f" (confidence {sure(confidence)})"
+
+
+def _said(chosen: Mapping[str, Any]) -> str:
+    return {
+        "one-taste": "that one reward serves everybody",
+        "continuous": "that tastes differ by degrees, not in groups",
+        "coteries": "that there are groups who want different things",
+    }[chosen["verdict"]]
+
+
+def _at_most(chosen: Mapping[str, Any]) -> str | None:
+    """What a division would gain at most. A gain of g nats makes the choices exp(g) times as probable, on average."""
+    gain = chosen.get("gain")
+    if gain is None or gain["high"] is None:
+        return None
+    level = f"({share(gain['level'], 0)} sure)"
+    if gain["high"] <= 0:
+        return f": splitting them would predict their choices no better {level}"
+    return f": splitting them would predict their choices at most {100 * expm1(gain['high']):.1f} % better {level}"
+
+
+# ------------------------------------------------------------------------------------------------------------- evidence
 def evidence(metrics: Mapping[str, Any]) -> list[str]:
-    """How sure that is: the test, the held-out gain, the stability, what is served; a sentence each."""
-    chosen, seen = metrics["selection"], metrics["heldout"]["seen"]
-    gain = seen["difference_to_pooled"]
-    one = chosen["coteries"] == 1
-    sentences = []
-    test = metrics.get("heterogeneity") or {}
-    if "p_value" in test:
-        p = float(test["p_value"])
-        said = "is more than chance and carelessness explain" if p < 0.05 else "is what chance and carelessness explain"
-        sentences.append(f"The disagreement between workers {said} (p = {p:.3g}).")
-    if one:
-        sentences.append(
-            f"On prompts kept out of training it predicts {share(seen['accuracy'])} of the choices, every worker counted alike."
+    """How sure that is: the test, the held-out gain, the stability, what is served, the worst served; a sentence each."""
+    chosen = metrics["selection"]
+    told = [
+        _tested(metrics.get("heterogeneity")),
+        _confirmed(chosen),
+        _gained(metrics["heldout"]["seen"], _personal(metrics)),
+        _stability(metrics) if chosen["coteries"] > 1 else None,
+        _served(metrics),
+        _worst(metrics["worst"]),
+    ]
+    return [sentence for sentence in told if sentence]
+
+
+def _personal(metrics: Mapping[str, Any]) -> bool:
+    """Whether anybody is served by anything but the one reward."""
+    ships = metrics["selection"].get("ships")
+    return ships == "embedding" or (ships != "one-reward" and any(c["serves"] == "own" for c in metrics["coteries"]))
+
+
+def _tested(test: Mapping[str, Any] | None) -> str:
+    if not test or not test.get("replicates"):
+        return "Whether tastes differ at all was not tested."
+    p = float(test["p_value"])
+    alike = "made-up data in which everybody wants the same, and some are careless, look like that in"
+    if p < LEVEL:
+        return (
+            f"The annotators disagree by more than chance and carelessness explain: {alike} at most {chances(p)} cases."
         )
-        divided = [c for c in chosen["candidates"] if c["member"] not in ("pooled", "reliability")]
-        if divided and all(c["gain"] <= c["standard_error"] for c in divided):
-            sentences.append(
-                "No division of the workers predicted held-out choices better by more than one standard error."
-            )
-        return sentences
-    sentences.append(
-        f"On prompts kept out of training, personalised scores predict {share(seen['accuracy'])} of the choices: "
-        f"{points(gain['accuracy'])} points against one reward for all."
+    return f"Chance and carelessness explain the annotators’ disagreement: {alike} about {chances(p)} cases."
+
+
+def _confirmed(chosen: Mapping[str, Any]) -> str | None:
+    """One taste: the bound of the first line in the unit of the tables, and the verdict's own confidence."""
+    gain, confidence = chosen.get("gain"), chosen.get("confidence")
+    if chosen["verdict"] != "one-taste" or chosen.get("insisted") or gain is None or confidence is None:
+        return None
+    return (
+        f"The best division that was tried gains {interval(gain, 1000, 1, sign=True)} thousandths of a nat a comparison; "
+        f"of redrawn sets of annotators, {sure(confidence)} give the same verdict."
     )
-    own = sum(coterie["serves"] == "own" for coterie in metrics["coteries"])
-    count = "None" if not own else "All" if own == chosen["coteries"] else f"{own} of {chosen['coteries']}"
-    served = "is served by a reward of its own" if own <= 1 else "are served by rewards of their own"
-    sentences.append(
-        f"{count} of the coteries {served}." if count in ("None", "All") else f"{count} coteries {served}."
-    )
+
+
+def _gained(seen: Mapping[str, Any], personal: bool) -> str:
+    who = "personal scores predict" if personal else "the one reward predicts"
+    told = f"On prompts kept out of training, {who} {share(seen['accuracy'])} of the choices"
+    gain = seen["difference_to_pooled"]["accuracy"]
+    if not personal or gain["value"] is None:
+        return f"{told}, every annotator counting alike."
+    told = f"{told}: {signed(100 * gain['value'], 1)} points against one reward for all"
+    if gain["low"] is None:
+        return f"{told}; the annotators are too few to say how sure that is."
+    low, high = (signed(100 * gain[end], 1) for end in ("low", "high"))
+    return f"{told} ({share(gain['level'], 0)} sure: between {low} and {high})."
+
+
+def _stability(metrics: Mapping[str, Any]) -> str | None:
     ari = metrics["stability"].get("half_split_ari")
-    if ari is not None:
-        judged = "the groups are stable" if ari >= 0.3 else "the borders between the groups are not stable"
-        sentences.append(
-            f"Fitted on two halves of each worker’s comparisons, the groupings agree with an adjusted Rand index of {ari:.2f}: "
-            f"{judged}."
-        )
-    return sentences
+    if ari is None:
+        return None
+    judged = "they are stable" if ari >= STABLE else "their borders are not stable"
+    return (
+        f"Found twice, from two halves of everybody’s comparisons, the groups agree by {ari:.2f} (1 is the same, 0 is "
+        f"chance): {judged}."
+    )
 
 
+def _served(metrics: Mapping[str, Any]) -> str | None:
+    chosen = metrics["selection"]
+    coteries, ships = chosen["coteries"], chosen.get("ships")
+    if ships == "embedding":
+        summary = f" The {coteries} coteries are a summary of them, no more." if coteries > 1 else ""
+        return f"Everybody is served by a reward of their own, made from their place among all tastes.{summary}"
+    if ships == "one-reward" or coteries == 1:
+        return None if chosen["verdict"] == "one-taste" else "Everybody is served by the one reward."
+    own = sum(coterie["serves"] == "own" for coterie in metrics["coteries"])
+    if own == coteries:
+        return "All coteries are served by rewards of their own."
+    if not own:
+        return "No coterie has proved a reward of its own: all are served by the global one."
+    are = "is served by a reward of its own" if own == 1 else "are served by rewards of their own"
+    return f"{own} of the {coteries} coteries {are}, the others by the global one."
+
+
+def _worst(worst: Mapping[str, float]) -> str | None:
+    if "decile" not in worst:
+        return None
+    return f"The tenth of the annotators who are served worst see {share(worst['decile'])} of their choices predicted."
+
+
+def tried(candidate: Mapping[str, Any]) -> str:
+    """What a contracts.Candidate says about people."""
+    count = candidate["size"]
+    return MEMBERS[candidate["member"]][1].format(number(count), s="" if count == 1 else "s")
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
 def report_markdown(metrics: Mapping[str, Any]) -> str:
     """A short summary of contracts.Metrics as Markdown, for the pipeline's user interface."""
     seen, gain = metrics["heldout"]["seen"], metrics["heldout"]["seen"]["difference_to_pooled"]
     facts = {
-        "Workers": number(metrics["data"]["workers"]),
+        "Annotators": number(metrics["data"]["workers"]),
         "Comparisons": number(metrics["data"]["comparisons"]),
         "Refused rows": number(metrics["data"]["refused"]),
         "Held-out accuracy": share(seen["accuracy"]),
         "against one reward for all, points": points(gain["accuracy"]),
-        "Held-out log-loss": f"{seen['log_loss']:.4f}",
+        "Held-out log-loss": "–" if seen["log_loss"] is None else f"{seen['log_loss']:.4f}",
         "against one reward for all": nats(gain["log_loss"]),
         "Worst coterie, accuracy": share(metrics["worst"].get("coterie")),
-        "Worst tenth of workers, accuracy": share(metrics["worst"].get("decile")),
+        "Worst tenth of annotators, accuracy": share(metrics["worst"].get("decile")),
+    }
+    facts |= {
+        f"New annotators after {shots} comparisons, points": points(point["difference_to_pooled"]["accuracy"])
+        for shots, point in metrics["heldout"].get("unseen_by_shots", {}).items()
     }
     if metrics.get("truth"):
         facts |= {f"Truth: {name.replace('_', ' ')}": f"{value:.3f}" for name, value in metrics["truth"].items()}
     lines = [f"# {verdict_line(metrics)}", "", *(f"{sentence}  " for sentence in evidence(metrics)), ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
     if len(metrics["coteries"]) > 1:
-        lines += ["", "| coterie | workers | serves | own − global, points | likes |", "|---|---|---|---|---|"]
+        lines += ["", "| coterie | annotators | serves | own − global, points | likes |", "|---|---|---|---|---|"]
         lines += [
             f"| {c['id']} | {number(c['workers'])} | {c['serves']} | {points(c['own_vs_global']['accuracy'])} | "
             f"{'; '.join(c['likes']).replace('|', '/') or '–'} |"
