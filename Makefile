@@ -35,9 +35,12 @@ lint: $(VENV)/.installed ## ruff, mypy, and the compiled pipeline
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## the figures of the README, each beside its reference
+bench: $(VENV)/.installed ## the figures of the README, each beside its reference (hours)
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.discovery
+	$(BIN)/python -m benchmarks.intervals
+	$(BIN)/python -m benchmarks.verdicts
+	$(BIN)/python -m benchmarks.scale
 
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra all -o requirements.lock
