@@ -6,9 +6,9 @@ Every measurement is a process of its own (peak memory by getrusage), on the sta
 groups, 100 comparisons a worker, 128 independent features. Reference of the mixture and the low-rank member: scikit-learn's
 LogisticRegression (lbfgs) on the pooled data, under the same prior and stopped at the same largest component of the gradient
 of the mean penalised log-loss (1e-4, its default tolerance and ours). Reference of the low-rank member at 1e5 comparisons:
-LoRe-like worker embeddings and reward by full-batch Adam in torch (docs/method, section 7), its rate and weight decay tuned
-over a grid, its clock stopped at the first step whose held-out log-loss reaches that of the low-rank member, or at its own
-best where it does not get there. Judging the held-out votes is not on its clock.
+LoRe-like worker embeddings and reward by full-batch Adam in torch, 1,000 steps at most, its clock stopped at the first step
+whose held-out log-loss reaches that of the low-rank member; judging the held-out votes is not on its clock. Twice: with its
+rate tuned, as published, and with its weight decay tuned on the held-out votes as well, which nobody could do in earnest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coterie.discovery import LowRankReward, MixtureReward, ReliabilityReward, V
 
 TOLERANCE, PRECISION = 1e-4, 10.0
 FEATURES, COMPARISONS, GROUPS = 128, 100, (0.4, 0.3, 0.2, 0.1)
-LEARNING_RATES, WEIGHT_DECAYS, ADAM_STEPS, PATIENCE = (1.0, 0.5, 0.1), (0.0, 1e-5, 1e-4), 1000, 50
+LEARNING_RATES, WEIGHT_DECAYS, ADAM_STEPS = (0.5, 0.1, 0.03), (1e-4, 3e-4, 1e-3), 1000
 
 
 def simulated(workers: int, seed: int = 0) -> Votes:
@@ -91,21 +91,16 @@ def against_adam(workers: int) -> dict[str, Any]:
     started = time.perf_counter()
     ours = LowRankReward(4, PRECISION, tol=TOLERANCE).fit(train)
     seconds, loss = time.perf_counter() - started, -ours.score(test)
-    best: dict[str, float] = {"seconds": np.inf, "log_loss": np.inf}
-    for rate in LEARNING_RATES:
-        for decay in WEIGHT_DECAYS:
-            tried = adam(train, test, rate, decay, loss)
-            reached, before = tried["log_loss"] <= loss, best["log_loss"] <= loss
-            if (reached, -tried["seconds" if reached else "log_loss"]) > (
-                before,
-                -best["seconds" if before else "log_loss"],
-            ):
-                best = tried
-    return {"seconds": seconds, "log_loss": loss, "adam": best, "times_faster": best["seconds"] / seconds}
+    figures: dict[str, Any] = {"seconds": seconds, "log_loss": loss}
+    for name, decays in (("rate tuned", (0.0,)), ("rate and weight decay tuned", WEIGHT_DECAYS)):
+        runs = [adam(train, test, rate, decay, loss) for rate in LEARNING_RATES for decay in decays]
+        best = min(runs, key=lambda run: (run["best_log_loss"] > loss, run["seconds"]))
+        figures[name] = best | {"times_faster": best["seconds"] / seconds, "reached": best["best_log_loss"] <= loss}
+    return figures
 
 
 def adam(train: Votes, test: Votes, rate: float, decay: float, target: float, rank: int = 4) -> dict[str, float]:
-    """Full-batch Adam on theta, U and all a_i; the seconds and log-loss where it reaches the target or does best."""
+    """Full-batch Adam on theta, U and all a_i, until it reaches the target or has made all its steps."""
     import torch
 
     torch.manual_seed(0)
@@ -119,8 +114,8 @@ def adam(train: Votes, test: Votes, rate: float, decay: float, target: float, ra
     def loss(x: torch.Tensor, worker: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.softplus(-(x @ theta + ((x @ basis) * embeddings[worker]).sum(dim=1))).mean()
 
-    seconds, best, since = 0.0, {"seconds": np.inf, "log_loss": np.inf}, 0
-    for step in range(1, ADAM_STEPS + 1):
+    seconds, best = 0.0, np.inf
+    for step in range(1, ADAM_STEPS + 1):  # noqa: B007 - read after the loop
         started = time.perf_counter()
         optimiser.zero_grad()
         penalty = decay * (basis.square().sum() + embeddings.square().sum())
@@ -128,14 +123,10 @@ def adam(train: Votes, test: Votes, rate: float, decay: float, target: float, ra
         optimiser.step()
         seconds += time.perf_counter() - started
         with torch.no_grad():
-            now = float(loss(held, of))  # every worker has equally many, so that this is macro over workers
-        since += 1
-        if now < best["log_loss"]:
-            best = {"seconds": seconds, "log_loss": now, "steps": step, "rate": rate, "weight_decay": decay}
-            since = 0
-        if now <= target or since == PATIENCE:
+            best = min(best, float(loss(held, of)))  # every worker has equally many, so that this is macro over workers
+        if best <= target:
             break
-    return best
+    return {"seconds": seconds, "steps": step, "best_log_loss": best, "rate": rate, "weight_decay": decay}
 
 
 def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -157,7 +148,6 @@ def typical(repeats: int, function: Callable[..., dict[str, Any]], *arguments: A
 
 
 def main() -> None:
-    """Measure everything and write the figures."""
     """Run everything, write the results, and say them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "discovery.json")
@@ -188,7 +178,10 @@ def main() -> None:
         )
     }
     figures["adam"] = alone(against_adam, small)
-    figures["summary"]["lowrank times faster than Adam"] = figures["adam"]["times_faster"]
+    for name in ("rate tuned", "rate and weight decay tuned"):
+        against = figures["adam"][name]
+        told = "" if against["reached"] else ", which does not get there, at least"
+        figures["summary"][f"lowrank times faster than Adam, {name}{told}"] = against["times_faster"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures["summary"], indent=2))

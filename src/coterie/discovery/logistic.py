@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from coterie.discovery.votes import Array, Votes, VoteSet
+from coterie.discovery.votes import CHUNK_ROWS, Array, Votes, VoteSet, in_threads
 
 LOGIT_CAP = 4.0  # largest change of a logit in one Newton step
 _ROWS = 2048  # rows of x that are scaled at a time: they stay in the cache
@@ -34,11 +34,19 @@ def curvature(logits: Array) -> Array:
 def gram(x: Array, weights: Array) -> Array:
     """sum_j weights_j x_j x_j^T, [d, d] float64; weights [n] are not negative."""
     root = np.sqrt(weights, dtype=np.float32)
-    total = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), _ROWS):
-        scaled = x[start : start + _ROWS] * root[start : start + _ROWS, None]
-        total += scaled.T @ scaled
-    return total
+
+    def part(first: int, end: int) -> Array:
+        total = np.zeros((x.shape[1], x.shape[1]))
+        for start in range(first, end, _ROWS):
+            rows = slice(start, min(start + _ROWS, end))
+            scaled = x[rows] * root[rows, None]
+            total += scaled.T @ scaled
+        return total
+
+    firsts = range(0, len(x), CHUNK_ROWS)
+    if len(firsts) <= 2:
+        return part(0, len(x))
+    return np.asarray(sum(in_threads(lambda first: part(first, min(first + CHUNK_ROWS, len(x))), firsts)))
 
 
 def mean_hessian(votes: VoteSet, theta: Array) -> Array:

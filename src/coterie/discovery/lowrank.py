@@ -24,11 +24,12 @@ from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.logistic import log_loss, mean_hessian, reliability_step
 from coterie.discovery.pooled import PooledReward, ReliabilityReward
 from coterie.discovery.spectral import taste_directions
-from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, random_workers
+from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, one_thread, random_workers
 from coterie.errors import BadData
 
 _SWEEPS = 2  # updates of the workers' posteriors in one evaluation of the objective; they start from the last one's
-_START_SWEEPS, _INFER_SWEEPS = 4, 12
+_INFER_SWEEPS = 12
+_START_PASSES, _LAST_PASSES = 2, 5  # over all votes, each with _SWEEPS updates and a step of log beta
 _START_PRECISION = 30.0  # shrinks the one-step tastes that U starts from
 _START_LENGTH = 0.01  # of a column of U at least: 0 is a stationary point
 _RESTARTS = 3  # of a line search that stalls where the workers' posteriors lag behind
@@ -114,6 +115,7 @@ class LowRankReward(EmbeddingReward):
         self.max_iter = max_iter
         self.seed = seed
 
+    @one_thread()
     def fit(self, votes: VoteSet, y: None = None) -> Self:
         """Fit to votes. Raises BadData: a rank above the number of features."""
         if not 1 <= self.rank <= votes.n_features:
@@ -144,7 +146,7 @@ class LowRankReward(EmbeddingReward):
             _, directions, spread = taste_directions(votes.loaded(), theta, r, _START_PRECISION)
             basis = directions * np.maximum(spread, _START_LENGTH)
         workers, variance = _Workers.prior(votes.n_workers, r), self.reliability_variance_
-        self._settle(votes, theta, basis, workers, True, _START_SWEEPS)
+        self._settle(votes, theta, basis, workers, _START_PASSES)
         precision = np.concatenate([[self.precision], np.full(r, self.basis_precision)])
 
         def objective(flat: Array) -> tuple[float, Array]:
@@ -174,25 +176,25 @@ class LowRankReward(EmbeddingReward):
                 break
         stacked = solve_triangular(root, point.reshape(-1, r + 1), lower=True, trans="T")
         theta, basis = stacked[:, 0], stacked[:, 1:]
-        self._settle(votes, theta, basis, workers, True, _INFER_SWEEPS)
+        self._settle(votes, theta, basis, workers, _LAST_PASSES)
         return theta, basis, workers
 
-    def _settle(
-        self, votes: VoteSet, theta: Array, basis: Array, workers: _Workers, centered: bool, sweeps: int
-    ) -> None:
-        """Update the workers' posteriors and reliabilities under theta and U."""
+    def _settle(self, votes: VoteSet, theta: Array, basis: Array, workers: _Workers, passes: int | None) -> None:
+        """Update the workers' posteriors and reliabilities under theta and U: in so many passes with log beta centred, or
+        each worker alone, without passes."""
+        alone = passes is None
 
         def look(those: slice, part: Votes) -> None:
             seen, mine = _Projected.of(part, theta, basis), workers.of(those)
-            for _ in range(1 if centered else sweeps):
-                _sweeps(part, seen, mine, 1)
-                if not centered:
+            for _ in range(_INFER_SWEEPS if alone else 1):
+                _sweeps(part, seen, mine, 1 if alone else _SWEEPS)
+                if alone:
                     mine.step(part.present, self.reliability_variance_, centered=False)
 
-        for _ in range(sweeps if centered else 1):
+        for _ in range(passes or 1):
             for _ in votes.each(look):
                 pass
-            if centered:
+            if not alone:
                 workers.step(votes.present, self.reliability_variance_, centered=True)
 
     def infer(self, votes: VoteSet) -> tuple[Array, Array, Array]:
@@ -202,7 +204,7 @@ class LowRankReward(EmbeddingReward):
         """
         self._check(votes, votes.n_workers)
         workers = _Workers.prior(votes.n_workers, self.rank)
-        self._settle(votes, self.theta_, self.basis_, workers, False, _INFER_SWEEPS)
+        self._settle(votes, self.theta_, self.basis_, workers, None)
         return workers.mean, workers.covariance, workers.log_reliability
 
     def decision_function(self, votes: Votes) -> Array:

@@ -27,7 +27,7 @@ from coterie.discovery.logistic import (
 )
 from coterie.discovery.pooled import ReliabilityReward, Reward
 from coterie.discovery.spectral import taste_directions
-from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, random_workers
+from coterie.discovery.votes import PILOT, Array, Votes, VoteSet, one_thread, random_workers
 from coterie.errors import BadData
 
 _NEGLIGIBLE = 1e-5  # responsibility below which a worker is left out of a coterie's Hessian (never of its gradient)
@@ -82,6 +82,7 @@ class MixtureReward(Reward):
         self.max_iter = max_iter
         self.seed = seed
 
+    @one_thread()
     def fit(self, votes: VoteSet, y: None = None, labels: Array | None = None) -> Self:
         """Fit to votes. With `labels` [n_workers], a clustering of the workers, only the rewards of those coteries are
         fitted (M-steps), and the responsibilities are the posterior under them.

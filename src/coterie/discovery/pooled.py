@@ -15,7 +15,7 @@ from coterie.discovery.logistic import (
     reliability_step,
     residual,
 )
-from coterie.discovery.votes import Array, Votes, VoteSet
+from coterie.discovery.votes import Array, Votes, VoteSet, one_thread
 from coterie.errors import BadData
 
 
@@ -71,6 +71,7 @@ class ReliabilityReward(Reward):
         self.tol = tol
         self.max_iter = max_iter
 
+    @one_thread()
     def fit(self, votes: VoteSet, y: None = None) -> Self:
         """Fit to votes."""
         theta, log_beta = np.zeros(votes.n_features), np.zeros(votes.n_workers)

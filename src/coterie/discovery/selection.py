@@ -38,7 +38,7 @@ _MOST_SLOPES, _FEWEST_FOR_SLOPES = (
     5,
 )  # features, and comparisons a worker: beyond, slopes cost much and find nothing
 _TOLERANCE = 3e-4  # of fits that are compared, not shipped
-_NOTICEABLE = 1e-4  # nats a comparison
+_NOTICEABLE = 5e-4  # nats a comparison
 _PATIENCE = 2  # sizes in a row that bring no better mean before larger ones are given up
 
 Make = Callable[[Votes, ReliabilityReward], Reward]

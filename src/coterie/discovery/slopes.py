@@ -20,7 +20,7 @@ from coterie.discovery.logistic import (
     residual,
 )
 from coterie.discovery.pooled import ReliabilityReward
-from coterie.discovery.votes import Array, Votes, VoteSet
+from coterie.discovery.votes import Array, Votes, VoteSet, one_thread
 
 _STEPS = 6  # alternations of Newton steps of delta_i and log beta_i; each step's change of a logit is capped
 
@@ -56,6 +56,7 @@ class SlopesReward(EmbeddingReward):
         self.reliability_variance = reliability_variance
         self.base = base
 
+    @one_thread()
     def fit(self, votes: VoteSet, y: None = None) -> Self:
         """Fit to votes."""
         base = self.base or ReliabilityReward(self.precision, self.reliability_variance).fit(votes)

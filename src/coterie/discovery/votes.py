@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +23,7 @@ from coterie.errors import BadData
 
 Array = NDArray[Any]
 Chunk = tuple[slice, "Votes"]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LIMITED = ContextVar(
@@ -88,12 +89,17 @@ class VoteSet(ABC):
             if len(chunks) == 1:
                 yield function(*chunks[0]())
                 return
-            with ThreadPoolExecutor(_cores()) as pool:
-                yield from pool.map(lambda chunk: function(*chunk()), chunks)
+            yield from in_threads(lambda chunk: function(*chunk()), chunks)
 
     def total(self, function: Callable[[slice, Votes], Array]) -> Array:
         """The sum of `function(workers, votes)`, as in `each`, over the chunks; the same sum whatever the threads did."""
         return np.asarray(sum(self.each(function)))
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of each item, in order, on all cores."""
+    with ThreadPoolExecutor(_cores()) as pool:
+        yield from pool.map(function, items)
 
 
 @contextmanager
