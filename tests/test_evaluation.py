@@ -84,6 +84,8 @@ def test_one_taste_is_one_reward_without_a_gate_to_pass(tmp_path):
     result = judge(staged)
     assert result["gates"] == [{"coterie": 0, "serves": "global", "reason": "one reward serves everybody"}]
     assert result["own_wrong"] == []
+    shots = result["heldout"]["unseen_by_shots"]
+    assert {shots[k]["difference_to_pooled"]["log_loss"]["value"] for k in shots} == {0.0}
     assert result["heldout"]["seen"]["difference_to_pooled"]["accuracy"]["value"] == 0
 
 

@@ -168,7 +168,7 @@ def evaluate(
                 "accuracy_interval": overall.accuracy.model_dump(),
                 "pooled": test.quality(common, everybody).model_dump(),
             },
-            **_unseen(embedded, found, settings),
+            **_unseen(embedded, found, ships, settings),
         },
         "worst": _worst(test, shipped, people),
         "calibration": _calibration(shipped, test.votes.y),
@@ -179,17 +179,17 @@ def evaluate(
     }
 
 
-def _unseen(embedded: Path, found: Mapping[str, Any], settings: EvaluateSettings) -> dict[str, Any]:
+def _unseen(embedded: Path, found: Mapping[str, Any], ships: Ships, settings: EvaluateSettings) -> dict[str, Any]:
     """Quality for new workers after some of their comparisons, by the member that is shipped, and its temperature."""
     selection, priors = found["selection"], found["priors"]
     base = ReliabilityReward(priors["precision"], priors["reliability_variance"])
-    if selection["ships"] == "embedding":
+    if ships == "embedding":
         member, size, prior = priors["embedding"]
 
         def make(votes: Votes, base: ReliabilityReward) -> Member:
             return fit_embedding(votes, member, size, prior, base, settings.seed)
     else:
-        coteries = selection["coteries"] if selection["ships"] == "coteries" else 1
+        coteries = selection["coteries"] if ships == "coteries" else 1
 
         def make(votes: Votes, base: ReliabilityReward) -> Member:
             precision, variance = priors["coterie_precision"], base.reliability_variance
@@ -203,7 +203,8 @@ def _unseen(embedded: Path, found: Mapping[str, Any], settings: EvaluateSettings
     judged = _Judged(curve.votes, curve.pooled[:, None], bootstrap)
     everybody = np.ones(curve.votes.n_workers, bool)
     shots = {}
-    for k, logits in curve.logits.items():
+    for k, personal in curve.logits.items():
+        logits = curve.pooled if ships == "one-reward" else personal  # then nothing that is said changes what serves
         quality, difference = judged.quality(logits, everybody), judged.quality(logits, everybody, curve.pooled)
         shots[str(k)] = Heldout(
             accuracy=quality.accuracy.value, log_loss=quality.log_loss.value, difference_to_pooled=difference
