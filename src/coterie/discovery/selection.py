@@ -144,13 +144,6 @@ class Choice:
     losses: list[Array]
     heldout: HeldOut
 
-    def loss(self, member: str, size: int) -> Array | None:
-        """Held-out log-loss of each worker under a candidate; None where it was not tried."""
-        found = (
-            loss for c, loss in zip(self.candidates, self.losses, strict=True) if (c.member, c.size) == (member, size)
-        )
-        return next(found, None)
-
 
 def select_embedding(heldout: HeldOut, settings: EmbedSettings) -> Choice:
     """Choose how tastes vary by degrees: along a few directions (low rank), in all (slopes), or not at all.
