@@ -97,7 +97,8 @@ class Table:
         if not where.is_file():
             raise BadData(f"{where}: no such file. Expected a {self.name} table; run the stage that writes it first.")
         try:
-            file = pq.ParquetFile(where, memory_map=True)
+            # Not mapped: what was read of a mapped file counts as the process's memory until the file is closed.
+            file = pq.ParquetFile(where)
         except (pa.ArrowInvalid, OSError) as error:
             raise BadData(
                 f"{where}: not a readable Parquet file ({error}). Run the stage that writes it again."

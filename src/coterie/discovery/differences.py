@@ -26,6 +26,7 @@ from coterie.errors import BadData
 from coterie.progress import progress
 
 _BATCH = 16384
+_AT_A_TIME = 1024  # rows read of a mapped file before it lets go: each may map 64 kB of it
 _BUCKET, _MOST_BUCKETS = 131_072, 200  # comparisons that are ordered together; files that are open together
 
 
@@ -160,7 +161,10 @@ class _Responses:
         missing = self._keys[place] != wanted if len(self._keys) else np.ones(len(wanted), bool)
         if missing.any():
             raise missing_vector(str(ids[int(np.flatnonzero(missing)[0])]), self._vectors)
-        rows: Array = self._h[self._order[place]]
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in this process
+        rows = np.empty((len(wanted), self._h.shape[1]), np.float32)
+        for start in range(0, len(rows), _AT_A_TIME):
+            part = slice(start, start + _AT_A_TIME)
+            rows[part] = self._h[self._order[place[part]]]
+            if self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in this process
         return rows
