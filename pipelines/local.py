@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from coterie import errors, stages
+from coterie.backbones import cache_folder
 from coterie.config import Recipe
-from coterie.encoding.cache import cache_folder
 
 # Kubeflow's parameters have one type; these settings are "auto" or a number.
 _AUTO_OR_NUMBER = ("embed_rank", "cluster_coteries", "reward_precision")

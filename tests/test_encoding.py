@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coterie.backbones import cache_folder
 from coterie.config import EncodeSettings
 from coterie.contracts import COMPARISON, VECTOR, content_id, matrix
 from coterie.encoding import STYLE_NAMES, encode, style_features
-from coterie.encoding.cache import Cached, VectorCache, cache_folder
+from coterie.encoding.cache import Cached, VectorCache
 from coterie.errors import BackendUnavailable, BadData, RunFailed
 
 DIMENSION = 5

@@ -103,11 +103,76 @@ class ClusterSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """Reward heads: a global one, and one a coterie pulled towards it."""
+    """Rewards: a global one, and one a coterie pulled towards it."""
 
-    precision: Literal["auto"] | float = Field(
-        default="auto", description="precision of the prior around the global head; auto: validation log-loss"
+    kind: Literal["head", "adapter"] = Field(
+        default="head",
+        description="head: linear, on the encoder's features; adapter: LoRA and a head on the backbone, beside the linear ones",
     )
+    precision: Literal["auto"] | float = Field(
+        default="auto", description="heads: precision of the prior around the global head; auto: validation log-loss"
+    )
+    backbone: str = Field(
+        default="smollm2",
+        description="adapters: smollm2, or a transformers model that AutoModelForSequenceClassification loads",
+    )
+    revision: str = Field(default="main", description="of the backbone on the hub; a local folder has none")
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0, description="of the adapters, with a linear decay to zero")
+    epochs: float = Field(default=1.0, gt=0, description="over the training comparisons")
+    max_steps: int = Field(default=0, ge=0, description="optimiser steps at most; 0: as many as the epochs have")
+    batch_size: int = Field(default=8, ge=1, description="comparisons of a forward pass, on each GPU")
+    accumulation: int = Field(default=1, ge=1, description="forward passes of an optimiser step")
+    max_tokens: int = Field(
+        default=512, ge=16, description="comparisons with a longer side are not trained on, and counted"
+    )
+    pull: float = Field(
+        default=1.0, ge=0, description="precision of the prior that pulls a coterie's adapter towards the global one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU")
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    checkpoint_steps: int = Field(default=100, ge=1, description="optimiser steps between two checkpoints")
+    seed: int = Field(default=0, ge=0)
+
+
+class AlignSettings(Settings):
+    """A policy for everybody and one a coterie, tuned against their rewards."""
+
+    method: Literal["none", "ppo", "grpo", "rloo"] = Field(default="none", description="none: no policies are made")
+    backbone: str = Field(default="smollm2", description="smollm2, or a transformers causal model with a tokenizer")
+    revision: str = Field(default="main", description="of the backbone on the hub; a local folder has none")
+    sft_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps of supervised fine-tuning on chosen responses that the shared start gets first",
+    )
+    steps: int = Field(default=60, ge=1, description="updates of the policy")
+    batch_size: int = Field(default=16, ge=2, description="responses sampled for an update, on each GPU")
+    group: int = Field(default=4, ge=2, description="grpo and rloo: responses to one prompt that are compared")
+    response_tokens: int = Field(default=48, ge=4, description="longest response; an unfinished one earns the least")
+    prompt_tokens: int = Field(default=256, ge=8, description="prompts with more are left out, and counted")
+    temperature: float = Field(default=0.9, gt=0, description="of sampling")
+    learning_rate: float = Field(default=3e-5, gt=0)
+    kl_coefficient: float = Field(default=0.05, ge=0, description="price of a nat of divergence from the shared start")
+    kl_limit: float = Field(default=10.0, gt=0, description="nats a response at which training stops early")
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU")
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    seed: int = Field(default=0, ge=0)
+
+
+class JudgeSettings(Settings):
+    """Which policy people prefer: win rates, by rewards of data that no policy was tuned on."""
+
+    prompts: int = Field(default=200, ge=8, description="test prompts that every policy answers")
+    best_of: int = Field(default=16, ge=1, description="responses of the start among which a reward chooses; 1: none")
+    length_tolerance: float = Field(
+        default=0.1, ge=0, lt=1, description="two answers are of equal length within this share of the longer one"
+    )
+    replicates: int = Field(default=1000, ge=100, description="bootstrap replicates over people and prompts")
+    level: float = Field(default=0.95, gt=0.5, lt=1, description="confidence level of the intervals")
     seed: int = Field(default=0, ge=0)
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.backbones import cache_folder
 from coterie.config import EncodeSettings
 from coterie.contracts import COMPARISON, VECTOR, batched, content_id, iterate, table_of
-from coterie.encoding.cache import Cached, VectorCache, cache_folder
+from coterie.encoding.cache import Cached, VectorCache
 from coterie.encoding.encoders import Encoder, load_encoder
 from coterie.encoding.style import STYLE_NAMES, STYLE_WORDS, style_features
 from coterie.errors import BadData, RunFailed
 from coterie.progress import progress
 
-__all__ = ["STYLE_NAMES", "STYLE_WORDS", "Encoder", "cache_folder", "encode", "load_encoder", "style_features"]
+__all__ = ["STYLE_NAMES", "STYLE_WORDS", "Encoder", "encode", "load_encoder", "style_features"]
 
 _CHUNK = 512  # texts that are encoded, and kept, together
 _ROWS = 16384  # vectors that are in memory together

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,6 @@ from coterie.errors import BackendUnavailable
 
 _ASKED_AT_ONCE = 500  # SQLite's oldest limit on parameters is 999
 _PATIENCE = 60.0  # seconds that one process waits for another's commit
-
-
-def cache_folder() -> Path:
-    """COTERIE_CACHE, or ~/.cache/coterie: what serves other runs is kept here."""
-    return Path(os.environ.get("COTERIE_CACHE") or Path.home() / ".cache" / "coterie")
 
 
 class Cached(NamedTuple):

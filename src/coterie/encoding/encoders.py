@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.backbones import device_of, revision_of
 from coterie.config import EncodeSettings
 from coterie.errors import BadConfiguration
 
@@ -18,7 +18,6 @@ MINILM = "minilm"
 LAST_TOKEN = "last-token:"
 
 _CHARACTERS_A_TOKEN = 40  # more than any tokenizer packs into one: text past limit * this needs no tokenizing
-_MODEL_FILES = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".py"}
 
 
 class Encoder(Protocol):
@@ -78,7 +77,7 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         where = _minilm_folder() if settings.encoder == MINILM else settings.encoder
-        device = _device(settings.device)
+        device = device_of(settings.device)
         try:
             revision = None if Path(where).is_dir() else settings.revision
             self._model = SentenceTransformer(where, device=device, revision=revision)
@@ -88,7 +87,7 @@ class SentenceEncoder:
         if self.precision == "bfloat16":
             self._model = self._model.bfloat16()
         self.name = settings.encoder
-        self.revision = _revision(where, settings, getattr(self._model[0], "auto_model", None))
+        self.revision = revision_of(where, settings.revision, getattr(self._model[0], "auto_model", None))
         self._batch_size = settings.batch_size
         limit = self._model.get_max_seq_length() or settings.max_tokens
         self.max_tokens = self._model.max_seq_length = min(settings.max_tokens, limit)
@@ -128,7 +127,7 @@ class LastTokenEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         where = settings.encoder.removeprefix(LAST_TOKEN)
-        device = _device(settings.device)
+        device = device_of(settings.device)
         self.precision = _precision(settings, device)
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         try:
@@ -137,7 +136,7 @@ class LastTokenEncoder:
         except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
             raise _no_model(where, error) from error
         self._model = model.to(device).eval()
-        self.name, self.revision = settings.encoder, _revision(where, settings, model)
+        self.name, self.revision = settings.encoder, revision_of(where, settings.revision, model)
         self._batch_size = settings.batch_size
         self.max_tokens = settings.max_tokens
         self.dimension = int(model.config.get_text_config().hidden_size)
@@ -214,39 +213,10 @@ def _minilm_folder() -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadConfiguration(f"device {name}: torch knows none of that name. Use auto, cpu or cuda.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadConfiguration(
-            f"device {name}: torch sees {torch.cuda.device_count()} GPUs on this machine. Use auto or cpu."
-        )
-    return name
-
-
 def _precision(settings: EncodeSettings, device: str) -> str:
     if settings.precision == "auto":
         return "bfloat16" if device.startswith("cuda") else "float32"
     return settings.precision
-
-
-def _revision(where: str, settings: EncodeSettings, model: Any) -> str:
-    """The commit of a model from the hub, or of a local folder a digest of its configuration and weights."""
-    folder = Path(where)
-    if not folder.is_dir():
-        return str(getattr(getattr(model, "config", None), "_commit_hash", None) or settings.revision)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _no_model(name: str, error: Exception) -> BadConfiguration:

@@ -18,25 +18,17 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit
 
-from coterie.config import RewardSettings
 from coterie.contracts import (
-    ASSIGNMENT,
-    EMBEDDING_REWARD,
     GLOBAL,
     HEAD_FILE,
     HEAD_TENSORS,
-    MODEL_FILE,
     PERSONAL_FILE,
     PERSONAL_TENSORS,
-    TRAIN,
-    VALIDATION,
     Gate,
-    matrix,
     replacing,
 )
-from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.logistic import gram, log_loss
-from coterie.discovery.votes import Votes, load_votes
+from coterie.discovery.votes import Votes
 from coterie.errors import BadData, RunFailed
 
 Array = NDArray[np.floating[Any]]
@@ -298,8 +290,8 @@ def _fit(
     precision: float | Literal["auto"],
     grid: tuple[float, ...],
 ) -> FittedHead:
-    x, y, weight = _weighted(train, responsibility, reliability)
-    held_x, held_y, held_weight = _weighted(validation, responsibility, reliability)
+    x, y, weight = weighted(train, responsibility, reliability)
+    held_x, held_y, held_weight = weighted(validation, responsibility, reliability)
     judged = bool(held_weight.sum() > 0)
     if precision != "auto":
         grid = (float(precision),)
@@ -308,7 +300,7 @@ def _fit(
     best: tuple[float, float, Array] | None = None
     for candidate in grid:
         theta = fit_head(x, y, weight, prior_mean, candidate)
-        held = _mean_loss(held_x @ theta, held_y, held_weight) if judged else float("nan")
+        held = mean_loss(held_x @ theta, held_y, held_weight) if judged else float("nan")
         if best is None or held < best[0]:
             best = (held, candidate, theta)
     assert best is not None
@@ -317,10 +309,10 @@ def _fit(
     if judged:  # on x without beta: what a score difference means for the audience as it is
         rows = responsibility[validation.worker] > 0
         head = head.calibrated(validation.x[rows], held_y, held_weight)
-    return FittedHead(head, chosen, _mean_loss(x @ theta, y, weight), held)
+    return FittedHead(head, chosen, mean_loss(x @ theta, y, weight), held)
 
 
-def _weighted(votes: Votes, responsibility: Array, reliability: Array) -> tuple[Array, Array, Array]:
+def weighted(votes: Votes, responsibility: Array, reliability: Array) -> tuple[Array, Array, Array]:
     """beta x, y and weights of the comparisons whose worker counts."""
     weight = votes.weighted(responsibility[votes.worker])
     rows = weight > 0
@@ -328,83 +320,6 @@ def _weighted(votes: Votes, responsibility: Array, reliability: Array) -> tuple[
     return x, votes.y[rows], weight[rows]
 
 
-def _mean_loss(margin: Array, y: Array, weight: Array) -> float:
+def mean_loss(margin: Array, y: Array, weight: Array) -> float:
+    """Weighted mean log-loss of margins [n] for answers y [n], in nats."""
     return float(np.average(log_loss(np.asarray(margin, dtype=np.float64), y), weights=weight))
-
-
-def train_reward(
-    embedded: Path,
-    clustered: Path,
-    out: Path,
-    coterie: int | Literal["global", "embedding"],
-    settings: RewardSettings,
-    global_reward: Path | None = None,
-) -> dict[str, float]:
-    """Fit one head and write it to out/head.safetensors (by embedding: out/personal.safetensors).
-
-    Args:
-        embedded: folder of the embed stage (differences.parquet).
-        clustered: folder of the cluster stage (assignments.parquet).
-        out: folder to write to.
-        coterie: number of the coterie, "global", or "embedding": everybody by their own.
-        settings: the stage's settings.
-        global_reward: folder of the global head; needed for a coterie.
-
-    Returns:
-        workers and comparisons (sums of responsibilities), precision, scale, train_log_loss, validation_log_loss, and
-        for a coterie global_validation_log_loss: of the global head on the same comparisons.
-
-    Raises:
-        BadData: an input is missing, or there is no such coterie.
-    """
-    path = embedded / "differences.parquet"
-    train, validation = load_votes(path, TRAIN), load_votes(path, VALIDATION)
-    columns = ASSIGNMENT.read(clustered / "assignments.parquet", columns=["posterior", "reliability"])
-    if coterie == EMBEDDING_REWARD:
-        return _train_personal(embedded, clustered, out, validation)
-    posterior = matrix(columns["posterior"]).astype(np.float64)
-    reliability = columns["reliability"].to_numpy().astype(np.float64)
-    if coterie == GLOBAL:
-        audience = np.ones(len(posterior))
-        fitted = fit_global(train, validation, reliability, settings.precision)
-        extra = {}
-    else:
-        number = int(coterie)
-        if not 0 <= number < posterior.shape[1]:
-            raise BadData(f"{clustered}: no coterie {coterie}; there are {posterior.shape[1]}, numbered from 0.")
-        if global_reward is None:
-            raise BadData(f"coterie {coterie}: its reward starts from the global one; give the global reward's folder.")
-        audience = posterior[:, number]
-        base = RewardHead.load(global_reward)
-        fitted = fit_coterie(train, validation, audience, reliability, base, settings.precision)
-        x, y, weight = _weighted(validation, np.where(audience < SMALLEST_RESPONSIBILITY, 0, audience), reliability)
-        extra = {"global_validation_log_loss": _mean_loss(x @ base.weight, y, weight)} if len(y) else {}
-    fitted.head.save(out / HEAD_FILE)
-    figures = {
-        "workers": float(audience.sum()),
-        "comparisons": float(audience[train.worker].sum()),
-        "precision": fitted.precision,
-        "scale": fitted.head.scale,
-        "train_log_loss": fitted.train_log_loss,
-        "validation_log_loss": fitted.validation_log_loss,
-        **extra,
-    }
-    return {name: value for name, value in figures.items() if np.isfinite(value)}
-
-
-def _train_personal(embedded: Path, clustered: Path, out: Path, validation: Votes) -> dict[str, float]:
-    """What embed learned, theta and U, with the scale of least log-loss on validation comparisons."""
-    embeddings = matrix(ASSIGNMENT.read(clustered / "assignments.parquet", columns=["embedding"])["embedding"])
-    model = EmbeddingReward().restore(embedded / MODEL_FILE, embeddings, np.zeros(len(embeddings)))
-    basis = model.basis_.astype(np.float64)
-    head = PersonalHead(RewardHead(model.theta_.astype(np.float64)), basis, np.zeros(basis.shape[1]))
-    margin, weight = head.margin(validation.x, embeddings[validation.worker]), np.ones(len(validation))
-    # The margins are calibrated as the one feature of a head.
-    scale = RewardHead(np.ones(1)).calibrated(margin[:, None], validation.y, weight).scale
-    head = replace(head, common=replace(head.common, scale=scale))
-    head.save(out / PERSONAL_FILE)
-    return {
-        "rank": float(basis.shape[1]),
-        "scale": scale,
-        "validation_log_loss": _mean_loss(scale * margin, validation.y, weight),
-    }
