@@ -276,6 +276,14 @@ ASSIGNMENT = Table(
         _field("mixture_version", _string),
     ),
 )
+SCORE = Table(  # of a reward adapter: every response of held-out comparisons and of the reference sample
+    "score",
+    1,
+    (
+        _field("response_id", _string),
+        _field("score", _float),  # raw: before center and scale
+    ),
+)
 PROFILE = Table("profile", 1, (*ASSIGNMENT.fields, _field("event_timestamp", _timestamp)))
 
 
@@ -297,6 +305,7 @@ FEATURE_TENSORS = ("vector_mean", "vector_scale", "components", "style_mean", "s
 LOWRANK_TENSORS = ("theta", "basis", "reliability_variance")  # [d] [d, r] [1]
 MIXTURE_TENSORS = ("theta", "weights", "reliability_variance")  # [K, d] [K] [1]
 HEAD_TENSORS = ("weight", "center", "scale")  # [d] [1] [1]; score = scale * (h @ weight - center)
+ADAPTER_FILE, SCORES_FILE = "adapter.json", "scores.parquet"  # of a reward that is an adapter of a backbone
 PERSONAL_FILE = "personal.safetensors"
 PERSONAL_TENSORS = (
     *HEAD_TENSORS,
