@@ -10,11 +10,27 @@ from components.image import TRAIN_IMAGE
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def global_reward(
+    comparisons: dsl.Input[dsl.Dataset],
     embedded: dsl.Input[dsl.Dataset],
     clustered: dsl.Input[dsl.Dataset],
     reward: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    kind: str,
     precision: str,
+    backbone: str,
+    revision: str,
+    lora_rank: int,
+    lora_alpha: int,
+    learning_rate: float,
+    epochs: float,
+    max_steps: int,
+    batch_size: int,
+    accumulation: int,
+    max_tokens: int,
+    pull: float,
+    dtype: str,
+    device: str,
+    checkpoint_steps: int,
     seed: int,
 ):
     """The reward of everybody together."""
@@ -22,19 +38,43 @@ def global_reward(
     from coterie import stages
     from coterie.config import RewardSettings
 
-    settings = RewardSettings.of(precision=precision, seed=seed)
-    artifacts.run(stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings)
+    settings = RewardSettings.of(
+        kind=kind, precision=precision, backbone=backbone, revision=revision, lora_rank=lora_rank,
+        lora_alpha=lora_alpha, learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
+        batch_size=batch_size, accumulation=accumulation, max_tokens=max_tokens, pull=pull, dtype=dtype,
+        device=device, checkpoint_steps=checkpoint_steps, seed=seed,
+    )  # fmt: skip
+    artifacts.run(
+        stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,
+        comparisons=comparisons,
+    )  # fmt: skip
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def coterie_reward(
     coterie: str,  # a loop over an untyped list hands its items on as text
+    comparisons: dsl.Input[dsl.Dataset],
     embedded: dsl.Input[dsl.Dataset],
     clustered: dsl.Input[dsl.Dataset],
     global_reward: dsl.Input[dsl.Model],
     reward: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    kind: str,
     precision: str,
+    backbone: str,
+    revision: str,
+    lora_rank: int,
+    lora_alpha: int,
+    learning_rate: float,
+    epochs: float,
+    max_steps: int,
+    batch_size: int,
+    accumulation: int,
+    max_tokens: int,
+    pull: float,
+    dtype: str,
+    device: str,
+    checkpoint_steps: int,
     seed: int,
 ):
     """The reward of one coterie, started from the global one and pulled towards it; or of everybody by embedding."""
@@ -42,15 +82,21 @@ def coterie_reward(
     from coterie import stages
     from coterie.config import RewardSettings
 
-    settings = RewardSettings.of(precision=precision, seed=seed)
+    settings = RewardSettings.of(
+        kind=kind, precision=precision, backbone=backbone, revision=revision, lora_rank=lora_rank,
+        lora_alpha=lora_alpha, learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
+        batch_size=batch_size, accumulation=accumulation, max_tokens=max_tokens, pull=pull, dtype=dtype,
+        device=device, checkpoint_steps=checkpoint_steps, seed=seed,
+    )  # fmt: skip
     artifacts.run(
         stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,
-        coterie=int(coterie) if coterie.isdigit() else coterie, global_reward=global_reward,
+        coterie=int(coterie) if coterie.isdigit() else coterie, global_reward=global_reward, comparisons=comparisons,
     )  # fmt: skip
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def evaluate(
+    comparisons: dsl.Input[dsl.Dataset],
     embedded: dsl.Input[dsl.Dataset],
     clustered: dsl.Input[dsl.Dataset],
     global_reward: dsl.Input[dsl.Model],
@@ -69,7 +115,7 @@ def evaluate(
     settings = EvaluateSettings.of(replicates=replicates, level=level, seed=seed)
     artifacts.run(
         stages.evaluate, out=evaluated, metrics=metrics, embedded=embedded, clustered=clustered,
-        rewards=[global_reward, *coterie_rewards], settings=settings,
+        rewards=[global_reward, *coterie_rewards], settings=settings, comparisons=comparisons,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The main pipeline: from raw preferences to a bundle that serves, worker profiles in Feast, and a report.
 
 python -m pipelines.coteries                              # writes pipelines/coteries.yaml anew
-python -m pipelines.coteries --image NAME@sha256:... --out FILE.yaml      # to upload
+python -m pipelines.coteries --image NAME@sha256:... [--placement pipelines/gpu.yaml] --out FILE.yaml      # to upload
 """
 
 # No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
@@ -13,6 +13,7 @@ from kfp import compiler, dsl, kubernetes
 from components import data, discovery, rewards
 from components.artifacts import SECRETS_FOLDER
 from components.image import TRAIN_IMAGE
+from pipelines.placement import ANYWHERE, Placement, load_placement, placing, put
 
 COMPILED = Path(__file__).with_name("coteries.yaml")
 
@@ -28,14 +29,15 @@ def use_secrets(task: dsl.PipelineTask) -> None:
     kubernetes.use_secret_as_volume(task, SECRET, mount_path=SECRETS_FOLDER, optional=True)
 
 
-@dsl.pipeline(
-    name="coteries",
-    description="Finds the groups of annotators who agree with each other and gives each group its own reward. "
+DESCRIPTION = (
+    "Finds the groups of annotators who agree with each other and gives each group its own reward. "
     "ingest_source: files, globs, s3:// or hf:// addresses of preferences with worker ids; simulated://groups runs it on "
     "made-up annotators. cluster_coteries and embed_rank: auto lets held-out likelihood choose. The worker ids become "
-    "keyed pseudonyms (key COTERIE_PSEUDONYM_KEY of the secret coterie-pipeline) unless ingest_pseudonyms is none.",
+    "keyed pseudonyms (key COTERIE_PSEUDONYM_KEY of the secret coterie-pipeline) unless ingest_pseudonyms is none."
 )
-def coteries(
+
+
+def define(
     title: str = "coterie",
     ingest_source: list = ["simulated://groups"],  # noqa: B006 - Kubeflow serialises the default
     ingest_format: str = "auto",
@@ -65,7 +67,22 @@ def coteries(
     cluster_replicates: int = 59,
     cluster_splits: int = 3,
     cluster_seed: int = 0,
+    reward_kind: str = "head",
     reward_precision: str = "auto",
+    reward_backbone: str = "smollm2",
+    reward_revision: str = "main",
+    reward_lora_rank: int = 16,
+    reward_lora_alpha: int = 32,
+    reward_learning_rate: float = 1e-4,
+    reward_epochs: float = 1.0,
+    reward_max_steps: int = 0,
+    reward_batch_size: int = 8,
+    reward_accumulation: int = 1,
+    reward_max_tokens: int = 512,
+    reward_pull: float = 1.0,
+    reward_dtype: str = "auto",
+    reward_device: str = "auto",
+    reward_checkpoint_steps: int = 100,
     reward_seed: int = 0,
     evaluate_replicates: int = 1000,
     evaluate_level: float = 0.95,
@@ -123,29 +140,40 @@ def coteries(
     published.set_caching_options(False)  # a profile carries the time of its publication
     use_secrets(published)
 
-    common = rewards.global_reward(
-        embedded=embedded.outputs["embedded"],
-        clustered=clustered.outputs["clustered"],
-        precision=reward_precision,
-        seed=reward_seed,
-    )
+    of_reward = {
+        "kind": reward_kind,
+        "precision": reward_precision,
+        "backbone": reward_backbone,
+        "revision": reward_revision,
+        "lora_rank": reward_lora_rank,
+        "lora_alpha": reward_lora_alpha,
+        "learning_rate": reward_learning_rate,
+        "epochs": reward_epochs,
+        "max_steps": reward_max_steps,
+        "batch_size": reward_batch_size,
+        "accumulation": reward_accumulation,
+        "max_tokens": reward_max_tokens,
+        "pull": reward_pull,
+        "dtype": reward_dtype,
+        "device": reward_device,
+        "checkpoint_steps": reward_checkpoint_steps,
+        "seed": reward_seed,
+    }
+    learned = {
+        "comparisons": comparisons.outputs["comparisons"],
+        "embedded": embedded.outputs["embedded"],
+        "clustered": clustered.outputs["clustered"],
+    }
+    common = rewards.global_reward(**learned, **of_reward)
     with dsl.ParallelFor(clustered.outputs["Output"]) as coterie:
-        own = rewards.coterie_reward(
-            coterie=coterie,
-            embedded=embedded.outputs["embedded"],
-            clustered=clustered.outputs["clustered"],
-            global_reward=common.outputs["reward"],
-            precision=reward_precision,
-            seed=reward_seed,
-        )
+        own = rewards.coterie_reward(coterie=coterie, **learned, global_reward=common.outputs["reward"], **of_reward)
 
     def collected() -> dsl.Collected:
         # One for each consumer: the compiler changes the object it is given.
         return dsl.Collected(own.outputs["reward"])
 
     evaluated = rewards.evaluate(
-        embedded=embedded.outputs["embedded"],
-        clustered=clustered.outputs["clustered"],
+        **learned,
         global_reward=common.outputs["reward"],
         coterie_rewards=collected(),
         replicates=evaluate_replicates,
@@ -153,30 +181,49 @@ def coteries(
         seed=evaluate_seed,
     )
     everything = {
-        "comparisons": comparisons.outputs["comparisons"],
+        **learned,
         "vectors": vectors.outputs["vectors"],
-        "embedded": embedded.outputs["embedded"],
-        "clustered": clustered.outputs["clustered"],
         "global_reward": common.outputs["reward"],
         "evaluated": evaluated.outputs["evaluated"],
     }
-    rewards.bundle(**everything, coterie_rewards=collected(), name=bundle_name, reference=bundle_reference)
-    rewards.report(**everything, coterie_rewards=collected(), title=title)
+    bundled = rewards.bundle(**everything, coterie_rewards=collected(), name=bundle_name, reference=bundle_reference)
+    told = rewards.report(**everything, coterie_rewards=collected(), title=title)
+
+    put(comparisons, "ingest")
+    put(vectors, "encode")
+    put(embedded, "embed")
+    put(clustered, "cluster")
+    put(published, "publish")
+    put(common, "reward")
+    put(own, "reward")
+    put(evaluated, "evaluate")
+    put(bundled, "bundle")
+    put(told, "report")
 
 
-def compile_to(path: Path, image: str = TRAIN_IMAGE) -> None:
+def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:
+    """The pipeline whose steps run in these places."""
+    with placing(placement):  # Kubeflow learns what a pipeline is by calling its function
+        return dsl.pipeline(name="coteries", description=DESCRIPTION)(define)
+
+
+coteries = pipeline(ANYWHERE)
+
+
+def compile_to(path: Path, image: str = TRAIN_IMAGE, placement: Placement = ANYWHERE) -> None:
     """Write the pipeline's YAML with `image` in every component."""
-    compiler.Compiler().compile(coteries, str(path))
+    compiler.Compiler().compile(pipeline(placement), str(path))
     if image != TRAIN_IMAGE:
         path.write_text(path.read_text(encoding="utf-8").replace(TRAIN_IMAGE, image), encoding="utf-8")
 
 
 @click.command()
 @click.option("--image", default=TRAIN_IMAGE, help="by digest: Kubeflow's cache key is the image's name")
+@click.option("--placement", type=click.Path(path_type=Path), help="processors, memory, GPUs and nodes of every stage")
 @click.option("--out", type=click.Path(path_type=Path), default=COMPILED)
-def main(image: str, out: Path) -> None:
+def main(image: str, placement: Path | None, out: Path) -> None:
     """Compile the pipeline; without options, pipelines/coteries.yaml anew."""
-    compile_to(out, image)
+    compile_to(out, image, load_placement(placement) if placement else ANYWHERE)
 
 
 if __name__ == "__main__":

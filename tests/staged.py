@@ -19,6 +19,7 @@ from coterie.contracts import content_id
 from coterie.discovery.differences import differences
 from coterie.discovery.features import FeatureMap
 from coterie.discovery.lowrank import LowRankReward
+from coterie.discovery.mixture import MixtureReward
 from coterie.encoding.style import STYLE_NAMES, style_features
 from coterie.evaluation import evaluate
 from coterie.rewards import train_reward
@@ -145,7 +146,12 @@ def write_stages(root, workers=40, comparisons=40, coteries=2, groups=True, rank
         feature_map,
         root / "embed" / "differences.parquet",
     )
-    (root / "cluster" / "mixture.safetensors").write_bytes(b"nothing here reads it")
+    mixture = MixtureReward(coteries)
+    mixture.theta_ = np.tile(common, (coteries, 1)).astype(np.float32)
+    if groups:
+        mixture.theta_[:, length] += 2.5 * (1 - 2 * (np.arange(coteries) % 2))
+    mixture.weights_, mixture.reliability_variance_ = np.full(coteries, 1 / coteries), 0.1
+    mixture.save(root / "cluster" / contracts.MIXTURE_FILE, "m1")
     model = LowRankReward(rank)
     model.theta_, model.basis_ = common.astype(np.float32), np.zeros((feature_map.size, rank), np.float32)
     model.basis_[length, 0], model.reliability_variance_ = -5 / 3, 0.1
@@ -245,7 +251,7 @@ def train_all(staged, coteries=2):
 def judge(staged, **settings):
     """Write evaluate/metrics.json and return it."""
     settings = EvaluateSettings(**{"replicates": 300, **settings})
-    result = evaluate(staged.embed, staged.cluster, staged.rewards, staged.evaluate, settings)
+    result = evaluate(staged.embed, staged.cluster, staged.rewards, settings)
     staged.evaluate.mkdir(exist_ok=True)
     (staged.evaluate / "metrics.json").write_text(json.dumps(result))
     return result

@@ -90,7 +90,7 @@ def test_a_file_that_nobody_named_is_refused_but_not_what_a_hub_adds(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 3}, "manifest schema version 3, this program reads 2. Upgrade coterie"),
+        ({"schema_version": 4}, "manifest schema version 4, this program reads 3. Upgrade coterie"),
         ({"schema_version": 0}, "Make the bundle again"),
         ({"coteries": "many"}, "coteries: .*Fetch or make the bundle again"),
         ({"surprise": 1}, "surprise"),

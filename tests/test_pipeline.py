@@ -57,6 +57,51 @@ def test_an_image_takes_the_place_of_the_placeholder(tmp_path):
     assert {e["container"]["image"] for e in executors} == {"registry.local/train@sha256:" + "0" * 64}
 
 
+def test_a_placement_reaches_the_pods_of_its_stage(tmp_path):
+    from pipelines.coteries import COMPILED, compile_to
+    from pipelines.placement import load_placement
+
+    file = tmp_path / "placement.yaml"
+    file.write_text(
+        "defaults: {memory: 8Gi, node_selector: {pool: cpu}}\n"
+        "stages: {reward: {gpus: 2, memory: 64Gi, retries: 3, timeout: 600, checkpoints: kept, node_selector: {pool: gpu},"
+        " tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]}}\n"
+    )
+    compile_to(tmp_path / "p.yaml", placement=load_placement(file))
+    spec, platform = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
+    containers = {name: e["container"] for name, e in spec["deploymentSpec"]["executors"].items()}
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name in ("exec-global-reward", "exec-coterie-reward"):
+        resources = containers[name]["resources"]
+        assert resources["accelerator"]["resourceCount"] == "2"
+        assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
+        assert resources["resourceMemoryLimit"] == "64Gi"
+        assert pods[name]["nodeSelector"]["labels"] == {"pool": "gpu"}
+        assert pods[name]["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        assert pods[name]["activeDeadlineSeconds"] == "600"
+        assert pods[name]["pvcMount"][0]["constant"] == "kept"
+        assert {"name": "COTERIE_CHECKPOINTS", "value": "/checkpoints"} in containers[name]["env"]
+    assert containers["exec-embed"]["resources"]["resourceMemoryLimit"] == "8Gi"
+    assert "accelerator" not in containers["exec-embed"]["resources"]
+    assert pods["exec-embed"]["nodeSelector"]["labels"] == {"pool": "cpu"}
+    retried = [t for c in spec["components"].values() for t in c.get("dag", {}).get("tasks", {}).values()]
+    assert [t["retryPolicy"]["maxRetryCount"] for t in retried if t["taskInfo"]["name"] == "coterie-reward"] == [3]
+    compile_to(tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == COMPILED.read_text(), "one compilation must not reach into the next"
+
+
+def test_a_placement_that_is_wrong_is_named(tmp_path):
+    from coterie.errors import BadConfiguration
+    from pipelines.placement import load_placement
+
+    file = tmp_path / "placement.yaml"
+    file.write_text("stages: {reward: {gpu: 1}}")
+    with pytest.raises(BadConfiguration, match=r"stages\.reward\.gpu: there is no such setting"):
+        load_placement(file)
+    with pytest.raises(BadConfiguration, match="not a placement"):
+        load_placement(tmp_path / "absent.yaml")
+
+
 def test_a_run_leaves_every_stage_and_says_what_it_found(run):
     out, done = run
     folders = {path.parent.relative_to(out).as_posix() for path in out.rglob("stage.json")}
@@ -128,6 +173,13 @@ def test_score_answers_a_stranger_by_the_global_reward(run, environment):
     assert prediction["reason"] == "unknown-worker"
     known = coterie("score", out / "bundle", "--worker", "annotator-03", *ask, environment=environment)
     assert json.loads(known.stdout)["source"] == "profile"
+    examples = out / "examples.jsonl"
+    examples.write_text(json.dumps({"prompt": "Tea?", "chosen": "- Boil\n- Pour", "rejected": "Boil, then pour."}))
+    placed = coterie("score", out / "bundle", "--examples", examples, *ask, environment=environment)
+    assert json.loads(placed.stdout)["source"] == "comparisons"
+    twice = coterie("score", out / "bundle", "--examples", examples, "--worker", "w", *ask, environment=environment)
+    assert twice.returncode == 2
+    assert "give one of --worker" in twice.stderr
     other = environment | {"COTERIE_PSEUDONYM_KEY": "another key, just as long"}
     refused = coterie("score", out / "bundle", "--worker", "annotator-03", *ask, environment=other)
     assert refused.returncode == 2

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from staged import TextEncoder, everything
+from staged import WORDS, TextEncoder, everything
 
 from coterie.bundle import Bundle
-from coterie.contracts import Route, RoutedInstance
-from coterie.errors import BadBundle
+from coterie.contracts import MIXTURE_FILE, Example, Route, RoutedInstance
+from coterie.discovery import MixtureReward
+from coterie.errors import BadBundle, BadData
 from coterie.scoring import Question, Scorer, average, check_golden, leading_coteries
+from coterie.summary import read_examples
 
 PROMPT = "Question 1?"
 RESPONSES = ["River.", "Bread lamp walk early warm stone garden winter tea map bell river bread lamp.", "Warm stone."]
@@ -49,6 +51,47 @@ def test_scores_are_the_posteriors_average_of_the_coteries_own(scorer):
 def test_a_stranger_gets_the_global_reward(scorer):
     made = scorer.score(PROMPT, RESPONSES)
     np.testing.assert_array_equal(made.scores, made.by_global)
+
+
+def test_a_new_person_is_placed_by_their_comparisons(scorer):
+    rng = np.random.default_rng(0)
+    texts = [[" ".join(rng.choice(WORDS, n)).capitalize() + "." for n in (3, 20)] for _ in range(20)]
+    long = [Example(prompt=PROMPT, chosen=many, rejected=few) for few, many in texts]
+    short = [Example(prompt=PROMPT, chosen=few, rejected=many) for few, many in texts]
+    ties = [example.model_copy(update={"tie": True}) for example in long]
+    # Coterie 0 was made to like long answers, coterie 1 short ones.
+    assert scorer.place(long).posterior[0] > 0.9
+    assert scorer.place(short).posterior[1] > 0.9
+    assert scorer.place(long[:1]).posterior[0] < scorer.place(long).posterior[0]
+    assert max(scorer.place(ties).posterior) < 0.9
+    taken = scorer.place(short)
+    assert (taken.source, taken.coterie, len(taken.embedding)) == ("comparisons", 1, scorer.bundle.manifest.rank)
+    [made] = scorer.predict([RoutedInstance(prompt=PROMPT, responses=RESPONSES, route=taken)])
+    assert (made.source, made.coterie) == ("comparisons", 1)
+    np.testing.assert_allclose(made.scores, scorer.score(PROMPT, RESPONSES, taken.posterior).scores)
+
+
+def test_the_bundles_temperature_cools_what_comparisons_tell(scorer):
+    example = [Example(prompt=PROMPT, chosen=RESPONSES[1], rejected=RESPONSES[0])]
+    as_it_is = scorer.place(example).posterior[0]
+    cooler = replace(scorer.bundle, manifest=scorer.bundle.manifest.model_copy(update={"temperature": 50.0}))
+    weight = MixtureReward.load(scorer.bundle.path / MIXTURE_FILE).weights_[0]
+    assert abs(Scorer(cooler, TextEncoder()).place(example).posterior[0] - weight) < abs(as_it_is - weight) / 5
+
+
+def test_nobody_is_placed_by_nothing(scorer):
+    assert scorer.place([]).reason == "no-comparisons"
+
+
+def test_examples_that_are_no_comparisons_are_named(tmp_path):
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n\n{"prompt": "p", "chosen": "a"}\n')
+    with pytest.raises(BadData, match=r"line 3: rejected: field required"):
+        read_examples(file)
+    file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b", "tie": true}\n')
+    assert read_examples(file) == [Example(prompt="p", chosen="a", rejected="b", tie=True)]
+    with pytest.raises(BadData, match="not readable"):
+        read_examples(tmp_path / "absent.jsonl")
 
 
 def test_a_coterie_whose_gate_is_shut_serves_the_global_reward(scorer):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from coterie import __version__
 from coterie.config import BundleSettings
 from coterie.contracts import (
+    ADAPTER_FILE,
     COMPARISON,
     EMBEDDING_REWARD,
     FEATURES_FILE,
@@ -24,6 +26,7 @@ from coterie.contracts import (
     MIXTURE_FILE,
     MODEL_FILE,
     PERSONAL_FILE,
+    SCORES_FILE,
     TEST,
     VECTOR,
     BaseModelReference,
@@ -36,7 +39,8 @@ from coterie.contracts import (
 )
 from coterie.discovery.features import FeatureMap
 from coterie.errors import BadBundle, BadData
-from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
+from coterie.rewards import PersonalHead, RewardHead, serving_own
+from coterie.rewards.scored import ScoredResponses, has_adapter
 
 MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "manifest.json",
@@ -45,6 +49,7 @@ MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "README.md",
 )
 _OF_THE_STAGE = {"stage.json", "metrics.json"}  # the stage's own records, beside the bundle's files
+_NOT_SERVED = {*_OF_THE_STAGE, HEAD_FILE, SCORES_FILE}  # of a reward's folder: the head is written anew, centred
 _GOLDEN_PROMPTS = 8
 _SERVED: dict[Ships, str] = {
     "one-reward": "one reward for everybody",
@@ -64,6 +69,8 @@ class Bundle:
         heads: rewards by name, `global`, `coterie-0` ...
         golden: texts with the scores that they had when the bundle was made.
         personal: everybody's own reward by their embedding, where the bundle ships that; else None.
+        adapters: folders of the reward adapters by name, `global` and the coteries' that serve their own; none where
+            linear heads serve.
     """
 
     path: Path
@@ -72,6 +79,7 @@ class Bundle:
     heads: dict[str, RewardHead]
     golden: list[dict[str, Any]]
     personal: PersonalHead | None = None
+    adapters: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, verify: bool = True) -> Self:
@@ -94,13 +102,14 @@ class Bundle:
             raise BadBundle(f"{path}: {error}") from error
         own = {gate.coterie for gate in manifest.gates if gate.serves == "own" and gate.coterie is not None}
         wanted = {GLOBAL} | {f"coterie-{k}" for k in own}
-        if missing := wanted - heads.keys():
+        adapters = {file.parent.name: file.parent for file in sorted(path.glob(f"rewards/*/{ADAPTER_FILE}"))}
+        if missing := wanted - (adapters if manifest.reward == "adapter" else heads).keys():
             raise BadBundle(
                 f"{path}: the manifest serves {', '.join(sorted(missing))}, which is not there. Make it again."
             )
         if not any(model.role == "encoder" for model in manifest.base_models):
             raise BadBundle(f"{path / MANIFEST_FILE}: names no encoder. Fetch or make the bundle again.")
-        return cls(path, manifest, features, heads, golden, personal)
+        return cls(path, manifest, features, heads, golden, personal, adapters)
 
     @property
     def encoder(self) -> BaseModelReference:
@@ -148,6 +157,9 @@ def build_bundle(
         if name != EMBEDDING_REWARD
     }
     gates, personal = [Gate(**gate) for gate in evaluation["gates"]], None
+    own = serving_own(gates)
+    served = [f"coterie-{k}" if serves else GLOBAL for k, serves in enumerate(own)]
+    adapters = {name: rewards[name] for name in {GLOBAL, *served} if has_adapter(rewards[name])}
     if evaluation["ships"] == EMBEDDING_REWARD:
         personal = PersonalHead.load(rewards[EMBEDDING_REWARD]).centered(reference)
         personal.save(out / "rewards" / EMBEDDING_REWARD / PERSONAL_FILE)
@@ -157,11 +169,15 @@ def build_bundle(
             temporary.write_bytes((source / file).read_bytes())
     for name, head in heads.items():
         head.save(out / "rewards" / name / HEAD_FILE)
+    for name, folder in adapters.items():
+        for part in sorted(part for part in folder.iterdir() if part.is_file() and part.name not in _NOT_SERVED):
+            shutil.copyfile(part, out / "rewards" / name / part.name)
     with replacing(out / REFERENCE_FILE) as temporary:
         from safetensors.numpy import save_file
 
         save_file({"features": np.ascontiguousarray(reference)}, temporary)
-    golden = _golden(ingested / "comparisons.parquet", table, features, heads, gates, personal)
+    scored = {name: ScoredResponses.load(folder) for name, folder in adapters.items()}
+    golden = _golden(ingested / "comparisons.parquet", table, features, scored or heads, served, personal)
     write_text(out / GOLDEN_FILE, json.dumps(golden, indent=1, ensure_ascii=False))
 
     figures = {
@@ -175,13 +191,18 @@ def build_bundle(
         "mixture_version": selection["mixture_version"],
         "created_by": f"coterie {__version__}",
         "seed": int(selection.get("seed", 0)),
-        "base_models": [BaseModelReference(name=encoder["encoder"], revision=encoder["revision"], role="encoder")],
+        "base_models": [
+            BaseModelReference(name=encoder["encoder"], revision=encoder["revision"], role="encoder"),
+            *(one.backbone for name, one in scored.items() if name == GLOBAL),
+        ],
         "coteries": int(selection["selection"]["coteries"]),
         "rank": int(discovery["rank"]),
         "features": features.size,
         "style_names": json.loads(encoder["style_names"])[: len(features.style_mean)],
         "verdict": selection["selection"]["verdict"],
         "ships": evaluation["ships"],
+        "reward": "adapter" if adapters else "head",
+        "temperature": float(evaluation["heldout"].get("temperature", 1.0)),
         "key_fingerprint": _json(ingested / "metrics.json").get("key_fingerprint"),
         "gates": gates,
         "metrics": figures,
@@ -203,28 +224,32 @@ def _golden(
     comparisons: Path,
     vectors: Any,
     features: FeatureMap,
-    heads: Mapping[str, RewardHead],
-    gates: list[Gate],
+    rewards: Mapping[str, RewardHead] | Mapping[str, ScoredResponses],
+    served: list[str],
     personal: PersonalHead | None,
 ) -> list[dict[str, Any]]:
-    """Scores of a few test pairs, by the global head, by what each coterie serves, and for a made-up person each."""
+    """Scores of a few test pairs, by the global reward, by what each coterie serves, and for a made-up person each."""
     columns = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id", "pair_id", "split"]
     table = COMPARISON.read(comparisons, columns)
     held = table.filter(pc.equal(table["split"].cast("string"), TEST))
     rows = (held if len(held) else table).sort_by("pair_id").to_pylist()
     picked = list({row["prompt"]: row for row in rows}.values())[:_GOLDEN_PROMPTS]
     where = {name: i for i, name in enumerate(vectors["response_id"].to_pylist())}
-    own = serving_own(gates)
-    served, golden = served_heads(heads, len(own), own), []
+    golden = []
     for number, row in enumerate(picked):
-        pair = vectors.take([where[row["chosen_id"]], where[row["rejected_id"]]])
+        ids = [row["chosen_id"], row["rejected_id"]]
+        pair = vectors.take([where[response] for response in ids])
         h = features.transform(matrix(pair["vector"]), matrix(pair["style"]))
+        scores = {
+            name: reward.score(h) if isinstance(reward, RewardHead) else reward.score(ids)
+            for name, reward in rewards.items()
+        }
         golden.append(
             {
                 "prompt": row["prompt"],
                 "responses": [row["chosen"], row["rejected"]],
-                "global": heads[GLOBAL].score(h).round(6).tolist(),
-                "coteries": np.stack([head.score(h) for head in served], axis=1).round(6).tolist(),
+                "global": scores[GLOBAL].round(6).tolist(),
+                "coteries": np.stack([scores[name] for name in served], axis=1).round(6).tolist(),
             }
         )
         if personal is not None:

@@ -185,30 +185,37 @@ def publish(clustered: Path, out: Path, **values: Any) -> None:
 @main.command()
 @click.option("--embedded", type=PathOption, required=True, help="folder of embed")
 @click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
+@click.option("--comparisons", type=PathOption, help="for adapters: comparisons.parquet, or the folder of ingest")
 @click.option("--coterie", type=int, help="only this coterie; the global reward must be in OUT/global already")
 @click.option("--out", type=PathOption, required=True, help="a folder a reward is made in it")
 @settings_options(config.RewardSettings)
-def reward(embedded: Path, clustered: Path, coterie: int | None, out: Path, **values: Any) -> None:
+def reward(
+    embedded: Path, clustered: Path, comparisons: Path | None, coterie: int | None, out: Path, **values: Any
+) -> None:
     """The global reward and one a coterie, into OUT/global, OUT/coterie-0 ..."""
     settings = read_settings(config.RewardSettings, values)
     common = out / stages.reward_name(None)
     if coterie is None:
-        _echo(stages.reward(embedded, clustered, common, settings))
+        _echo(stages.reward(embedded, clustered, common, settings, comparisons=comparisons))
     wanted = stages.audiences(stages.read_metrics(clustered)) if coterie is None else [coterie]
     for k in wanted:
-        _echo(stages.reward(embedded, clustered, out / stages.reward_name(k), settings, k, common))
+        folder = out / stages.reward_name(k)
+        _echo(stages.reward(embedded, clustered, folder, settings, k, common, comparisons))
 
 
 @main.command()
 @click.option("--embedded", type=PathOption, required=True, help="folder of embed")
 @click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
 @click.option("--rewards", type=PathOption, required=True, help="folder of the rewards")
+@click.option("--comparisons", type=PathOption, help="for adapters: comparisons.parquet, or the folder of ingest")
 @click.option("--out", type=PathOption, required=True)
 @settings_options(config.EvaluateSettings)
-def evaluate(embedded: Path, clustered: Path, rewards: Path, out: Path, **values: Any) -> None:
+def evaluate(
+    embedded: Path, clustered: Path, rewards: Path, comparisons: Path | None, out: Path, **values: Any
+) -> None:
     """Own against global against wrong coterie on test prompts; the gate on validation prompts."""
     settings = read_settings(config.EvaluateSettings, values)
-    _echo(stages.evaluate(embedded, clustered, _rewards(rewards), out, settings))
+    _echo(stages.evaluate(embedded, clustered, _rewards(rewards), out, settings, comparisons))
 
 
 @main.command()
@@ -219,6 +226,25 @@ def bundle(folder: Path, out: Path | None, **values: Any) -> None:
     """One checksummed artifact of everything that serves, from the stage folders in FOLDER."""
     settings = read_settings(config.BundleSettings, values)
     _echo(stages.bundle(**_stage_folders(folder), out=out or folder / "bundle", settings=settings))
+
+
+@main.command()
+@click.argument("candidate", type=PathOption)
+@click.option("--incumbent", type=PathOption, required=True, help="the bundle that serves now")
+@click.option(
+    "--comparisons",
+    type=PathOption,
+    required=True,
+    help="comparisons.parquet of the candidate's run, or the folder of ingest",
+)
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.EvaluateSettings)
+@click.pass_context
+def promote(ctx: click.Context, candidate: Path, incumbent: Path, comparisons: Path, out: Path, **values: Any) -> None:
+    """Whether the bundle CANDIDATE may take the incumbent's place; ends with status 1 where it may not."""
+    decision = stages.promote(candidate, incumbent, comparisons, out, read_settings(config.EvaluateSettings, values))
+    _echo(decision)
+    ctx.exit(0 if decision["promote"] else 1)
 
 
 @main.command()
@@ -256,6 +282,8 @@ def assess(source: tuple[str, ...], out: Path, worthwhile: float, **values: Any)
 @click.argument("bundle", type=PathOption)
 @click.option("--worker", help="worker id as the application knows it")
 @click.option("--pseudonym", help="worker id as the profiles hold it, instead of --worker")
+@click.option("--posterior", help="probabilities of the coteries, as in 0.2,0.8, instead of --worker")
+@click.option("--examples", type=PathOption, help="comparisons of a new person, line JSON, instead of --worker")
 @click.option("--prompt", required=True)
 @click.option("--response", "responses", multiple=True, required=True, help="once for every candidate")
 @click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
@@ -264,6 +292,8 @@ def score(
     bundle: Path,
     worker: str | None,
     pseudonym: str | None,
+    posterior: str | None,
+    examples: Path | None,
     prompt: str,
     responses: tuple[str, ...],
     profiles: Path | None,
@@ -272,7 +302,9 @@ def score(
     """Score responses for a person by the reward of their coterie; a stranger by the global one."""
     from coterie.summary import predict
 
-    prediction = predict(bundle, profiles or bundle.parent / "publish", prompt, list(responses), worker, pseudonym)
+    where = profiles or bundle.parent / "publish"
+    shares = None if posterior is None else _numbers("--posterior", posterior)
+    prediction = predict(bundle, where, prompt, list(responses), worker, pseudonym, shares, examples)
     if as_json:
         click.echo(prediction.model_dump_json())
         return
@@ -291,6 +323,13 @@ def serve(bundle: Path, profiles: Path | None, host: str, port: int) -> None:
     """A KServe model server with router and predictor on this machine."""
     server = stages.adapter("serving.server")
     server.serve(bundle, profiles or bundle.parent / "publish", port=port, host=host)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadConfiguration(f"{option} {text}: give numbers with commas between them") from error
 
 
 def _rewards(folder: Path) -> list[Path]:

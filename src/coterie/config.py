@@ -27,7 +27,7 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise BadConfiguration(_in_words(cls.__name__.removesuffix("Settings").lower(), error)) from error
+            raise BadConfiguration(in_words(cls.__name__.removesuffix("Settings").lower(), error)) from error
 
 
 class IngestSettings(Settings):
@@ -246,7 +246,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     try:
         return Recipe(**tree)
     except ValidationError as error:
-        raise BadConfiguration(_in_words(str(where), error)) from error
+        raise BadConfiguration(in_words(str(where), error)) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -266,7 +266,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _in_words(where: str, error: ValidationError) -> str:
+def in_words(where: str, error: ValidationError) -> str:
+    """What is wrong with the settings of `where`, in one line."""
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"]) or "settings"

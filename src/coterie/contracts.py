@@ -339,10 +339,18 @@ class Gate(_Frozen):
     reason: str
 
 
+class PolicyGate(_Frozen):
+    """Which policy answers the people of a coterie, or everybody (no coterie), and why."""
+
+    coterie: int | None
+    serves: Literal["own", "global", "start"]
+    reason: str
+
+
 class Manifest(_Frozen):
     """manifest.json of a bundle."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     name: str
     model_version: str  # content hash of the files
     mixture_version: str
@@ -355,8 +363,11 @@ class Manifest(_Frozen):
     style_names: list[str]
     verdict: Verdict
     ships: Ships
+    reward: Literal["head", "adapter"] = "head"  # linear on the encoder's features, or LoRA on a backbone
+    temperature: float = 1.0  # of the evidence in a new worker's comparisons
     key_fingerprint: str | None  # of the pseudonym key; None: worker ids are used as they came
     gates: list[Gate]
+    policies: list[PolicyGate] = Field(default_factory=list)  # none: the bundle scores and writes nothing
     metrics: dict[str, float]
     files: dict[str, str]  # path -> sha256
 
@@ -468,12 +479,25 @@ class Metrics(_Frozen):
 Text = Annotated[str, Field(max_length=200_000)]
 Reason = Literal[
     "no-worker",  # the request names nobody
+    "no-comparisons",  # of a person who was to be placed by some
     "unknown-worker",  # nobody of this name has a profile
     "stale-profile",  # older than the staleness limit
     "other-mixture",  # made with a mixture that the bundle does not serve
     "damaged-profile",  # values that cannot be a profile
     "profiles-unavailable",  # the profile store failed or missed its deadline
 ]
+
+
+Source = Literal["profile", "comparisons", "global"]
+
+
+class Example(_Frozen):
+    """A comparison that a person made: evidence of what they like."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tie: bool = False  # they liked both alike
 
 
 class Instance(BaseModel):
@@ -493,9 +517,10 @@ class PredictRequest(BaseModel):
 
 
 class Route(_Frozen):
-    """Who answers one instance: the coteries of a person's profile, or the global reward for the reason given."""
+    """Who answers one instance: the coteries of a person's profile, or of comparisons that came along, or the global reward
+    for the reason given."""
 
-    source: Literal["profile", "global"]
+    source: Source
     reason: Reason | None = None
     coterie: int | None = None
     posterior: list[float] | None = None  # [coteries]
@@ -520,13 +545,14 @@ class RoutedRequest(BaseModel):
 
 
 class Prediction(_Frozen):
-    """One answer. `source` says whose reward it is: the worker's profile, or the global one, with `reason`."""
+    """One answer. `source` says whose reward it is: the worker's profile's, that of their comparisons, or the global one,
+    with `reason`."""
 
     scores: list[float]
     best: int
     coterie: int | None
     posterior: list[float] | None
-    source: Literal["profile", "global"]
+    source: Source
     reason: str | None = None
     model_version: str
 

@@ -46,6 +46,7 @@ from coterie.discovery.votes import VoteFile, Votes, joined, load_votes
 from coterie.errors import BadData
 from coterie.portraits import calibration_curve, likes, style_weights
 from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
+from coterie.rewards.scored import HeldoutMargins, has_adapter
 from coterie.scoring import average
 
 Array = NDArray[Any]
@@ -78,14 +79,18 @@ class _Judged:
 
 
 def evaluate(
-    embedded: Path, clustered: Path, rewards: Mapping[str, Path], out: Path, settings: EvaluateSettings
+    embedded: Path,
+    clustered: Path,
+    rewards: Mapping[str, Path],
+    settings: EvaluateSettings,
+    comparisons: Path | None = None,
 ) -> dict[str, Any]:
     """Judge the rewards (by name: global, coterie-0 ..., embedding) on held-out prompts.
 
     Args:
-        embedded: folder of the embed stage. clustered: of the cluster stage. rewards: folders of the heads.
-        out: the stage's folder; everything is in what is returned.
+        embedded: folder of the embed stage. clustered: of the cluster stage. rewards: folders of the rewards.
         settings: replicates, level, seed.
+        comparisons: comparisons.parquet; needed where rewards are adapters.
 
     Returns:
         gates, ships (after them), matrix (accuracy and log_loss, [people of coterie, model]), own_wrong, heldout, worst,
@@ -104,8 +109,8 @@ def evaluate(
     if missing := [k for k in range(n_coteries) if f"coterie-{k}" not in heads]:
         raise BadData(f"no reward of coterie {', '.join(map(str, missing))}; run `coterie reward` for all of them")
     features = FeatureMap.load(embedded / FEATURES_FILE)
-    models = [heads[GLOBAL], *(heads[f"coterie-{k}"] for k in range(n_coteries))]
-    validation, test = (_judge(embedded, split, models, settings) for split in (VALIDATION, TEST))
+    models = [rewards[GLOBAL], *(rewards[f"coterie-{k}"] for k in range(n_coteries))]
+    validation, test = (_judge(embedded, comparisons, split, models, settings) for split in (VALIDATION, TEST))
     people = [coterie == k for k in range(n_coteries)]
     everybody = np.ones(len(coterie), dtype=bool)
 
@@ -113,9 +118,8 @@ def evaluate(
     ships: Ships = found["selection"]["ships"]
     common = shipped = test.margins[:, 0]
     if ships == "coteries":
-        served = served_heads(heads, n_coteries, serving_own(gates))
-        margins = np.stack([head.margin(test.votes.x) for head in served], axis=1)
-        shipped = average(margins, posterior[test.votes.worker])
+        served = [1 + k if own else 0 for k, own in enumerate(serving_own(gates))]
+        shipped = average(test.margins[:, served], posterior[test.votes.worker])
     elif ships == "embedding":
         if EMBEDDING_REWARD not in rewards:
             raise BadData("people are to be served by their embedding, and no reward does that; run `coterie reward`")
@@ -127,6 +131,11 @@ def evaluate(
         else:
             ships = "one-reward"
     overall, gain = test.quality(shipped, everybody), test.quality(shipped, everybody, common)
+    linear = {}
+    if any(has_adapter(folder) for folder in rewards.values()):
+        linear = {
+            "difference_to_linear": test.quality(shipped, everybody, _linear(test, heads, posterior, gates, ships))
+        }
     counts = table["comparisons"].to_numpy()
     styles = style_weights(
         _pooled([validation.votes, test.votes]),
@@ -167,7 +176,8 @@ def evaluate(
             | {
                 "accuracy_interval": overall.accuracy.model_dump(),
                 "pooled": test.quality(common, everybody).model_dump(),
-            },
+            }
+            | {name: quality.model_dump() for name, quality in linear.items()},
             **_unseen(embedded, found, ships, settings),
         },
         "worst": _worst(test, shipped, people),
@@ -177,6 +187,15 @@ def evaluate(
         "test_comparisons": len(test.votes),
         "validation_comparisons": len(validation.votes),
     }
+
+
+def _linear(test: _Judged, heads: Mapping[str, RewardHead], posterior: Array, gates: list[Gate], ships: Ships) -> Array:
+    """Margins [n] if linear heads served in the place of adapters: what a backbone is worth is measured against these."""
+    if ships != "coteries":
+        return heads[GLOBAL].margin(test.votes.x)
+    served = served_heads(heads, posterior.shape[1], serving_own(gates))
+    margins = np.stack([head.margin(test.votes.x) for head in served], axis=1)
+    return average(margins, posterior[test.votes.worker])
 
 
 def _unseen(embedded: Path, found: Mapping[str, Any], ships: Ships, settings: EvaluateSettings) -> dict[str, Any]:
@@ -227,9 +246,12 @@ def _precisions(rewards: Mapping[str, Path], share: float) -> dict[str, float]:
     }
 
 
-def _judge(embedded: Path, split: str, models: list[RewardHead], settings: EvaluateSettings) -> _Judged:
+def _judge(
+    embedded: Path, comparisons: Path | None, split: str, models: list[Path], settings: EvaluateSettings
+) -> _Judged:
     votes = load_votes(embedded / "differences.parquet", split)
-    margins = np.stack([head.margin(votes.x) for head in models], axis=1)
+    told = HeldoutMargins(embedded, comparisons, split, votes.x)
+    margins = np.stack([told.of(folder) for folder in models], axis=1)
     return _Judged(votes, margins, TwoWayBootstrap(votes, settings.replicates, settings.level, settings.seed))
 
 

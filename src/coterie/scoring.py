@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.config import EncodeSettings
-from coterie.contracts import GLOBAL, Prediction, RoutedInstance
+from coterie.contracts import GLOBAL, MIXTURE_FILE, MODEL_FILE, Example, Prediction, Route, RoutedInstance
+from coterie.discovery import LowRankReward, MixtureReward, Votes
+from coterie.discovery.newcomers import tempered, tempered_embedding
+from coterie.discovery.votes import VoteSet
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
-from coterie.rewards import served_heads, serving_own
-from coterie.routing import confirm
+from coterie.rewards import serving_own
+from coterie.routing import confirm, fall_back
 
 Array = NDArray[np.floating]
 
@@ -70,12 +73,13 @@ class Scorer:
     Args:
         bundle: a loaded bundle.
         encoder: of the name and revision that the bundle names.
+        device, dtype: of the backbone, where rewards are adapters; auto: a GPU, and bfloat16 on it.
 
     Raises:
-        BadBundle: the encoder is not the bundle's.
+        BadBundle: the encoder, or the backbone, is not the bundle's.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder) -> None:
+    def __init__(self, bundle: Bundle, encoder: Encoder, device: str = "auto", dtype: str = "auto") -> None:
         reference = bundle.encoder
         if (encoder.name, encoder.revision) != (reference.name, reference.revision):
             raise BadBundle(
@@ -83,8 +87,13 @@ class Scorer:
                 f"{encoder.revision}. Install that revision, or make the bundle again."
             )
         self.bundle, self._encoder = bundle, encoder
-        self._global = bundle.heads[GLOBAL]
-        self._served = served_heads(bundle.heads, bundle.manifest.coteries, serving_own(bundle.manifest.gates))
+        own = serving_own(bundle.manifest.gates)
+        self.served = [f"coterie-{k}" if own[k] else GLOBAL for k in range(bundle.manifest.coteries)]
+        self._adapters = None
+        if bundle.manifest.reward == "adapter":
+            from coterie.rewards.adapters import AdapterRewards  # imports torch
+
+            self._adapters = AdapterRewards.load(bundle.adapters, device, dtype)
 
     def score(
         self,
@@ -97,26 +106,30 @@ class Scorer:
         return self.score_many([Question(prompt, responses, posterior, embedding)])[0]
 
     def score_many(self, questions: Sequence[Question]) -> list[Scored]:
-        """Score several questions with one call of the encoder.
+        """Score several questions with one call of the encoder, or of the backbone.
 
         Raises:
             BadBundle: a posterior of another number of coteries than the bundle's, or no embedding of its rank where
                 it ships that.
         """
-        h = self.features(
-            [question.prompt for question in questions for _ in question.responses],
-            [text for question in questions for text in question.responses],
-        )
-        by_global = self._global.score(h)
-        by_coterie = np.stack([head.score(h) for head in self._served], axis=1) if self._served else by_global[:, None]
+        prompts = [question.prompt for question in questions for _ in question.responses]
+        responses = [text for question in questions for text in question.responses]
+        linear = self._adapters is None or self.bundle.personal is not None
+        h = self.features(prompts, responses) if linear else np.empty((len(prompts), 0))
+        if self._adapters is not None:
+            scores = self.by_adapter(prompts, responses)
+        else:
+            scores = {name: self.bundle.heads[name].score(h) for name in {GLOBAL, *self.served}}
+        by_global = scores[GLOBAL]
+        by_coterie = np.stack([scores[name] for name in self.served], axis=1)
         scored, end = [], 0
         for question in questions:
             start, end = end, end + len(question.responses)
             rows = slice(start, end)
-            scores = (
-                by_global[rows] if question.posterior is None else self._personal(question, h[rows], by_coterie[rows])
-            )
-            scored.append(Scored(scores, by_global[rows], by_coterie[rows]))
+            served = by_global[rows]
+            if question.posterior is not None:
+                served = self._personal(question, h[rows], by_coterie[rows])
+            scored.append(Scored(served, by_global[rows], by_coterie[rows]))
         return scored
 
     def _personal(self, question: Question, h: Array, by_coterie: Array) -> Array:
@@ -127,13 +140,44 @@ class Scorer:
                 "the profile belongs to another mixture"
             )
         if self.bundle.personal is None:
-            return average(by_coterie, np.tile(posterior, (len(h), 1)))
+            return average(by_coterie, np.tile(posterior, (len(by_coterie), 1)))
         if embedding is None or len(embedding) != self.bundle.manifest.rank:
             raise BadBundle(
                 f"an embedding of {len(embedding or ())} numbers for a bundle of rank {self.bundle.manifest.rank}; "
                 "the profile belongs to another mixture"
             )
         return self.bundle.personal.of(np.asarray(embedding, dtype=np.float64)).score(h)
+
+    def place(self, examples: Sequence[Example]) -> Route:
+        """Whose reward answers a new person who made these comparisons: the coteries, and the place, that explain them."""
+        if not examples:
+            return fall_back("no-comparisons")
+        prompts = [example.prompt for example in examples]
+        chosen, rejected = ([getattr(example, side) for example in examples] for side in ("chosen", "rejected"))
+        h = self.features(prompts * 2, chosen + rejected)
+        x, labels = h[: len(examples)] - h[len(examples) :], [0.5 if example.tie else 1.0 for example in examples]
+        posterior, places = self.infer(Votes.of(x, labels, np.zeros(len(x))))
+        return Route(
+            source="comparisons",
+            coterie=int(np.argmax(posterior[0])),
+            posterior=posterior[0].tolist(),
+            embedding=places[0].tolist(),
+            mixture_version=self.bundle.manifest.mixture_version,
+        )
+
+    def infer(self, votes: VoteSet) -> tuple[Array, Array]:
+        """Posteriors [n_workers, K] and embeddings [n_workers, rank] of people whom the bundle does not know, by votes on
+        its features.
+
+        The evidence counts by the temperature that the evaluation calibrated on people whom nothing had learned from
+        (docs/method, section 5).
+        """
+        manifest, path = self.bundle.manifest, self.bundle.path
+        mixture = MixtureReward.load(path / MIXTURE_FILE)
+        places = LowRankReward(manifest.rank).restore(path / MODEL_FILE, np.zeros((0, 0)), np.zeros(0))
+        mean, covariance, _ = places.infer(votes)
+        posterior = tempered(mixture.infer(votes)[0], mixture.weights_, manifest.temperature)
+        return posterior, tempered_embedding(mean, covariance, manifest.temperature)[0]
 
     def predict(self, instances: Sequence[RoutedInstance]) -> list[Prediction]:
         """Answer routed instances; a route that this bundle cannot follow falls back to the global reward."""
@@ -155,6 +199,10 @@ class Scorer:
             )
             for route, result in zip(routes, scored, strict=True)
         ]
+
+    def by_adapter(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Array]:
+        """Calibrated scores [n] of responses to prompts by each adapter that serves; where linear heads serve, there are none."""
+        return {} if self._adapters is None else self._adapters.score(prompts, responses)
 
     def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """h [n, d] of responses to prompts."""

@@ -113,30 +113,46 @@ def reward(
     settings: RewardSettings,
     coterie: int | Literal["embedding"] | None = None,
     global_reward: Path | None = None,
+    comparisons: Path | None = None,
 ) -> dict[str, Any]:
-    """The global reward head, or with `coterie` and `global_reward` that coterie's; "embedding": of every person their own."""
+    """The global reward, or with `coterie` and `global_reward` that coterie's; "embedding": of every person their own.
+
+    Adapters are trained on texts, and need the `comparisons` of ingest.
+    """
     from coterie.rewards import train_reward
 
     if (coterie is None) != (global_reward is None):
         raise BadConfiguration("a coterie's reward starts from the global one: give both coterie and global_reward")
-    inputs = {"embedded": embedded, "clustered": clustered}
+    texts = _texts(comparisons) if settings.kind == "adapter" else {}  # linear heads do not depend on them
+    inputs = {"embedded": embedded, "clustered": clustered, **texts}
     if global_reward is not None:
         inputs["global_reward"] = global_reward
     name = f"rewards/{reward_name(coterie)}"
     which: Any = contracts.GLOBAL if coterie is None else coterie
-    work: Work = lambda folder: train_reward(embedded, clustered, folder, which, settings, global_reward)  # noqa: E731
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train_reward(embedded, clustered, folder, which, settings, global_reward, texts.get("comparisons"))
+
     return _stage(name, settings, inputs, out, work)
 
 
 def evaluate(
-    embedded: Path, clustered: Path, rewards: Sequence[Path], out: Path, settings: EvaluateSettings
+    embedded: Path,
+    clustered: Path,
+    rewards: Sequence[Path],
+    out: Path,
+    settings: EvaluateSettings,
+    comparisons: Path | None = None,
 ) -> dict[str, Any]:
-    """The coterie-by-model matrix on test prompts, and the gate on validation prompts."""
+    """The coterie-by-model matrix on test prompts, and the gate on validation prompts.
+
+    Rewards that are adapters are judged by text, and need the `comparisons` of ingest.
+    """
     from coterie.evaluation import evaluate
 
-    named = _named_rewards(rewards)
-    inputs = {"embedded": embedded, "clustered": clustered, **named}
-    work: Work = lambda folder: evaluate(embedded, clustered, named, folder, settings)  # noqa: E731
+    named, texts = _named_rewards(rewards), _texts(comparisons)
+    inputs = {"embedded": embedded, "clustered": clustered, **texts, **named}
+    work: Work = lambda folder: evaluate(embedded, clustered, named, settings, texts.get("comparisons"))  # noqa: E731
     return _stage("evaluate", settings, inputs, out, work)
 
 
@@ -176,6 +192,17 @@ def bundle(
         )
 
     return _stage("bundle", settings, inputs, out, work)
+
+
+def promote(
+    candidate: Path, incumbent: Path, comparisons: Path, out: Path, settings: EvaluateSettings
+) -> dict[str, Any]:
+    """Whether the bundle `candidate` may take the place of `incumbent`, by validation prompts of the candidate's run."""
+    from coterie.promotion import compare_versions
+
+    inputs = {"candidate": candidate, "incumbent": incumbent, **_texts(comparisons)}
+    work: Work = lambda _: compare_versions(candidate, incumbent, inputs["comparisons"], settings)  # noqa: E731
+    return _stage("promote", settings, inputs, out, work)
 
 
 def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, Any]:
@@ -426,6 +453,10 @@ def _record(folder: Path) -> dict[str, Any]:
 def _cached(name: str, key: str) -> Path | None:
     root = os.environ.get("COTERIE_STAGE_CACHE")
     return Path(root) / name / key if root else None
+
+
+def _texts(comparisons: Path | None) -> dict[str, Path]:
+    return {} if comparisons is None else {"comparisons": _inside(comparisons, COMPARISONS)}
 
 
 def _inside(path: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,8 @@ def train_reward(
     coterie: int | Literal["global", "embedding"],
     settings: RewardSettings,
     global_reward: Path | None = None,
-) -> dict[str, float]:
+    comparisons: Path | None = None,
+) -> dict[str, Any]:
     """Fit one head and write it to out/head.safetensors (by embedding: out/personal.safetensors).
 
     Args:
