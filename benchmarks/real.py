@@ -56,6 +56,7 @@ from coterie.discovery.pooled import Reward
 from coterie.discovery.votes import Array, one_thread
 from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
 from coterie.scoring import average
+from coterie.staging import read_metrics
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parent / "results" / "real.json"
@@ -91,7 +92,7 @@ def stage(sources: list[str], seed: int, out: Path) -> tuple[Folders, Folders]:
 
 def shipped(folders: Folders, rewards: Folders, test: Votes) -> Array:
     """Margins [n] of the test votes by what serves after the gate."""
-    evaluated = stages.read_metrics(folders["evaluate"])
+    evaluated = read_metrics(folders["evaluate"])
     table = ASSIGNMENT.read(folders["cluster"] / stages.ASSIGNMENTS, ["posterior", "embedding"])
     if evaluated["ships"] == "embedding":
         return PersonalHead.load(rewards[EMBEDDING_REWARD]).margin(test.x, matrix(table["embedding"])[test.worker])
@@ -125,7 +126,7 @@ def measure(sources: list[str], seed: int, worse: float | None, out: Path) -> Fi
     """The figures of one data set under one seed."""
     started = time.perf_counter()
     folders, rewards = stage(sources, seed, out)
-    ingested, clustered, evaluated = (stages.read_metrics(folders[name]) for name in ("ingest", "cluster", "evaluate"))
+    ingested, clustered, evaluated = (read_metrics(folders[name]) for name in ("ingest", "cluster", "evaluate"))
     train, validation, test = (
         load_votes(folders["embed"] / stages.DIFFERENCES, split) for split in (TRAIN, VALIDATION, TEST)
     )

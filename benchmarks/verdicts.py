@@ -39,7 +39,7 @@ from coterie.discovery.discover import Discovery, discover
 from coterie.discovery.logistic import log_loss
 from coterie.discovery.votes import Array
 from coterie.progress import progress
-from coterie.stages import content_digest
+from coterie.staging import content_digest
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 PROCESSES = 2

@@ -18,6 +18,7 @@ from typing import TextIO
 from coterie import errors, stages
 from coterie.backbones import cache_folder
 from coterie.config import Recipe
+from coterie.staging import STAGE_FILE
 
 # Kubeflow's parameters have one type; these settings are "auto" or a number.
 _AUTO_OR_NUMBER = ("embed_rank", "cluster_coteries", "reward_precision")
@@ -55,7 +56,7 @@ def run(recipe: Recipe, out: Path) -> None:
         except RuntimeError as error:
             raise _reason(failure, out / "run.log") from error
         finally:
-            for record in sorted(work.rglob(stages.STAGE_FILE)):
+            for record in sorted(work.rglob(STAGE_FILE)):
                 _move(record.parent, out)
             shutil.rmtree(work, ignore_errors=True)
     for name in ("metrics.json", "report.html"):
@@ -122,7 +123,7 @@ def _reason(failure: Path, log: Path) -> errors.CoterieError:
 
 
 def _move(folder: Path, out: Path) -> None:
-    name = json.loads((folder / stages.STAGE_FILE).read_text(encoding="utf-8"))["stage"]
+    name = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["stage"]
     target = out / name
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import orjson
 from coterie import __version__, config, stages
 from coterie.errors import BadConfiguration, CoterieError
 from coterie.simulation.settings import SimulationSettings
+from coterie.staging import STAGE_FILE, read_metrics
 
 PathOption = click.Path(path_type=Path)
 
@@ -197,7 +198,7 @@ def reward(
     common = out / stages.reward_name(None)
     if coterie is None:
         _echo(stages.reward(embedded, clustered, common, settings, comparisons=comparisons))
-    wanted = stages.audiences(stages.read_metrics(clustered)) if coterie is None else [coterie]
+    wanted = stages.audiences(read_metrics(clustered)) if coterie is None else [coterie]
     for k in wanted:
         folder = out / stages.reward_name(k)
         _echo(stages.reward(embedded, clustered, folder, settings, k, common, comparisons))
@@ -244,7 +245,7 @@ def promote(ctx: click.Context, candidate: Path, incumbent: Path, comparisons: P
     """Whether the bundle CANDIDATE may take the incumbent's place; ends with status 1 where it may not."""
     decision = stages.promote(candidate, incumbent, comparisons, out, read_settings(config.EvaluateSettings, values))
     _echo(decision)
-    ctx.exit(0 if decision["promote"] else 1)
+    click.get_current_context().exit(0 if decision["promote"] else 1)
 
 
 @main.command()
@@ -333,7 +334,7 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _rewards(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"*/{stages.STAGE_FILE}"))
+    return sorted(path.parent for path in folder.glob(f"*/{STAGE_FILE}"))
 
 
 def _stage_folders(folder: Path) -> dict[str, Any]:
