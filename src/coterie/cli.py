@@ -240,8 +240,7 @@ def bundle(folder: Path, out: Path | None, **values: Any) -> None:
 )
 @click.option("--out", type=PathOption, required=True)
 @settings_options(config.EvaluateSettings)
-@click.pass_context
-def promote(ctx: click.Context, candidate: Path, incumbent: Path, comparisons: Path, out: Path, **values: Any) -> None:
+def promote(candidate: Path, incumbent: Path, comparisons: Path, out: Path, **values: Any) -> None:
     """Whether the bundle CANDIDATE may take the incumbent's place; ends with status 1 where it may not."""
     decision = stages.promote(candidate, incumbent, comparisons, out, read_settings(config.EvaluateSettings, values))
     _echo(decision)
