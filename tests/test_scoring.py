@@ -12,8 +12,8 @@ from coterie.bundle import Bundle
 from coterie.contracts import MIXTURE_FILE, Example, Route, RoutedInstance
 from coterie.discovery import MixtureReward
 from coterie.errors import BadBundle, BadData
+from coterie.person import read_examples
 from coterie.scoring import Question, Scorer, average, check_golden, leading_coteries
-from coterie.summary import read_examples
 
 PROMPT = "Question 1?"
 RESPONSES = ["River.", "Bread lamp walk early warm stone garden winter tea map bell river bread lamp.", "Warm stone."]

@@ -163,7 +163,11 @@ def test_what_a_killed_run_left_is_cleared_away_and_what_a_living_one_writes_is_
         (["ingest", "absent.jsonl", "--out", "x"], 2, "no such file"),
         (["encode", "--comparisons", "absent", "--out", "x"], 2, "does not exist"),
         (["score", "absent", "--prompt", "p", "--response", "r"], 2, "no manifest.json"),
-        (["score", "absent", "--worker", "a", "--pseudonym", "b", "--prompt", "p", "--response", "r"], 2, "give one of"),
+        (
+            ["score", "absent", "--worker", "a", "--pseudonym", "b", "--prompt", "p", "--response", "r"],
+            2,
+            "give one of",
+        ),
         (["ingest", "x", "--columns", "worker", "--out", "x"], 2, "write it as KEY=VALUE"),
         (["ingest", "x", "--max-refused", "7", "--out", "x"], 2, "max_refused"),
     ],

@@ -5,20 +5,25 @@ Exit codes: 0 done, 2 bad input or settings, 3 a failed run, 130 interrupted.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
 from coterie import __version__, config, stages
+from coterie.contracts import RoutedInstance
 from coterie.errors import BadConfiguration, CoterieError
 from coterie.simulation.settings import SimulationSettings
 from coterie.staging import STAGE_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from coterie.person import Person
 
 PathOption = click.Path(path_type=Path)
 
@@ -278,33 +283,45 @@ def assess(source: tuple[str, ...], out: Path, worthwhile: float, **values: Any)
 
 
 # ------------------------------------------------------------------------------------------------------------- the bundle
+def of_a_person(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that tell who asks a bundle; the command gets a person.Person as `person`."""
+
+    @functools.wraps(command)
+    def told(
+        worker: str | None, pseudonym: str | None, posterior: str | None, examples: Path | None, **values: Any
+    ) -> Any:
+        from coterie.person import Person
+
+        return command(person=Person(worker, pseudonym, posterior, examples), **values)
+
+    for option in (
+        click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle"),
+        click.option("--examples", type=PathOption, help="comparisons of a new person, line JSON, instead of --worker"),
+        click.option("--posterior", help="probabilities of the coteries, as in 0.2,0.8, instead of --worker"),
+        click.option("--pseudonym", help="worker id as the profiles hold it, instead of --worker"),
+        click.option("--worker", help="worker id as the application knows it"),
+        click.argument("bundle", type=PathOption),
+    ):
+        told = option(told)
+    return told
+
+
 @main.command()
-@click.argument("bundle", type=PathOption)
-@click.option("--worker", help="worker id as the application knows it")
-@click.option("--pseudonym", help="worker id as the profiles hold it, instead of --worker")
-@click.option("--posterior", help="probabilities of the coteries, as in 0.2,0.8, instead of --worker")
-@click.option("--examples", type=PathOption, help="comparisons of a new person, line JSON, instead of --worker")
+@of_a_person
 @click.option("--prompt", required=True)
 @click.option("--response", "responses", multiple=True, required=True, help="once for every candidate")
-@click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
 @click.option("--json", "as_json", is_flag=True, help="print the prediction as JSON")
 def score(
-    bundle: Path,
-    worker: str | None,
-    pseudonym: str | None,
-    posterior: str | None,
-    examples: Path | None,
-    prompt: str,
-    responses: tuple[str, ...],
-    profiles: Path | None,
-    as_json: bool,
+    bundle: Path, person: Person, profiles: Path | None, prompt: str, responses: tuple[str, ...], as_json: bool
 ) -> None:
     """Score responses for a person by the reward of their coterie; a stranger by the global one."""
-    from coterie.summary import predict
+    from coterie.bundle import Bundle
+    from coterie.scoring import load_scorer
 
-    where = profiles or bundle.parent / "publish"
-    shares = None if posterior is None else _numbers("--posterior", posterior)
-    prediction = predict(bundle, where, prompt, list(responses), worker, pseudonym, shares, examples)
+    loaded = Bundle.load(bundle)
+    scorer = functools.cache(lambda: load_scorer(loaded))
+    taken = person.route(loaded, profiles or bundle.parent / "publish", scorer)
+    [prediction] = scorer().predict([RoutedInstance(prompt=prompt, responses=list(responses), route=taken)])
     if as_json:
         click.echo(prediction.model_dump_json())
         return
@@ -323,13 +340,6 @@ def serve(bundle: Path, profiles: Path | None, host: str, port: int) -> None:
     """A KServe model server with router and predictor on this machine."""
     server = stages.adapter("serving.server")
     server.serve(bundle, profiles or bundle.parent / "publish", port=port, host=host)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadConfiguration(f"{option} {text}: give numbers with commas between them") from error
 
 
 def _rewards(folder: Path) -> list[Path]:
