@@ -38,6 +38,11 @@ class Person:
     posterior: str | None = None
     examples: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raises BadConfiguration: told in two ways."""
+        if sum(told is not None for told in (self.worker, self.known_as, self.posterior, self.examples)) > 1:
+            raise BadConfiguration("give one of --worker, --pseudonym, --posterior and --examples")
+
     def route(self, bundle: Bundle, profiles: Path, scorer: Callable[[], Scorer]) -> Route:
         """The route of their questions.
 
@@ -47,11 +52,9 @@ class Person:
             scorer: makes one of that bundle, which only examples need.
 
         Raises:
-            BadConfiguration: told in two ways, no pseudonym key or another one than ingest's, or a posterior that is none
-                over the bundle's coteries. BadData: no profiles, or examples that are no comparisons.
+            BadConfiguration: no pseudonym key or another one than ingest's, or a posterior that is none over the bundle's
+                coteries. BadData: no profiles, or examples that are no comparisons.
         """
-        if sum(told is not None for told in (self.worker, self.known_as, self.posterior, self.examples)) > 1:
-            raise BadConfiguration("give one of --worker, --pseudonym, --posterior and --examples")
         if self.examples is not None:
             evidence = read_examples(self.examples)
             return scorer().place(evidence)

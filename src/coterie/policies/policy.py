@@ -88,7 +88,9 @@ class Policy:
         if card.start is not None:
             start = start or folder.parent / card.start
             if not (start / _ADAPTER_CONFIG).is_file():
-                raise BadBundle(f"{folder}: its start {start} holds no adapter. Fetch the start of the same run as well.")
+                raise BadBundle(
+                    f"{folder}: its start {start} holds no adapter. Fetch the start of the same run as well."
+                )
             model = _merged(model, start)
         if (folder / _ADAPTER_CONFIG).is_file():
             model = _merged(model, folder)
