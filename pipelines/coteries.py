@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from kfp import compiler, dsl, kubernetes
 
-from components import data, discovery, rewards
+from components import data, discovery, policies, rewards
 from components.artifacts import SECRETS_FOLDER
 from components.image import TRAIN_IMAGE
 from pipelines.placement import ANYWHERE, Placement, load_placement, placing, put
@@ -89,6 +89,30 @@ def define(
     evaluate_seed: int = 0,
     bundle_name: str = "coterie",
     bundle_reference: int = 512,
+    align_method: str = "none",
+    align_backbone: str = "smollm2",
+    align_revision: str = "main",
+    align_sft_steps: int = 0,
+    align_steps: int = 60,
+    align_batch_size: int = 16,
+    align_group: int = 4,
+    align_response_tokens: int = 48,
+    align_prompt_tokens: int = 256,
+    align_temperature: float = 0.9,
+    align_learning_rate: float = 3e-05,
+    align_kl_coefficient: float = 0.05,
+    align_kl_limit: float = 10.0,
+    align_lora_rank: int = 16,
+    align_lora_alpha: int = 32,
+    align_dtype: str = "auto",
+    align_device: str = "auto",
+    align_seed: int = 0,
+    judge_prompts: int = 200,
+    judge_best_of: int = 16,
+    judge_length_tolerance: float = 0.1,
+    judge_replicates: int = 1000,
+    judge_level: float = 0.95,
+    judge_seed: int = 0,
     publish_project: str = "coterie",
     publish_online_store: str = "sqlite",
 ):
@@ -189,6 +213,51 @@ def define(
     bundled = rewards.bundle(**everything, coterie_rewards=collected(), name=bundle_name, reference=bundle_reference)
     told = rewards.report(**everything, coterie_rewards=collected(), title=title)
 
+    of_align = {
+        "method": align_method,
+        "backbone": align_backbone,
+        "revision": align_revision,
+        "sft_steps": align_sft_steps,
+        "steps": align_steps,
+        "batch_size": align_batch_size,
+        "group": align_group,
+        "response_tokens": align_response_tokens,
+        "prompt_tokens": align_prompt_tokens,
+        "temperature": align_temperature,
+        "learning_rate": align_learning_rate,
+        "kl_coefficient": align_kl_coefficient,
+        "kl_limit": align_kl_limit,
+        "lora_rank": align_lora_rank,
+        "lora_alpha": align_lora_alpha,
+        "dtype": align_dtype,
+        "device": align_device,
+        "seed": align_seed,
+    }
+    texts = {"bundle": bundled.outputs["model"], "comparisons": comparisons.outputs["comparisons"]}
+    with dsl.If(align_method != "none"):
+        started = policies.start(**texts, **of_align)
+        with dsl.ParallelFor(started.outputs["Output"]) as audience:
+            tuned = policies.align(audience=audience, **texts, start=started.outputs["policy"], **of_align)
+        judged = policies.judge(
+            **texts,
+            embedded=embedded.outputs["embedded"],
+            clustered=clustered.outputs["clustered"],
+            start=started.outputs["policy"],
+            policies=dsl.Collected(tuned.outputs["policy"]),
+            prompts=judge_prompts,
+            best_of=judge_best_of,
+            length_tolerance=judge_length_tolerance,
+            replicates=judge_replicates,
+            level=judge_level,
+            seed=judge_seed,
+        )
+        released = policies.release(
+            bundle=bundled.outputs["model"],
+            start=started.outputs["policy"],
+            policies=dsl.Collected(tuned.outputs["policy"]),
+            judged=judged.outputs["judged"],
+        )
+
     put(comparisons, "ingest")
     put(vectors, "encode")
     put(embedded, "embed")
@@ -199,6 +268,10 @@ def define(
     put(evaluated, "evaluate")
     put(bundled, "bundle")
     put(told, "report")
+    put(started, "align")
+    put(tuned, "align")
+    put(judged, "judge")
+    put(released, "bundle")
 
 
 def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:

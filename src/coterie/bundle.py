@@ -208,6 +208,15 @@ def build_bundle(
         "metrics": figures,
     }
     write_text(out / CARD_FILE, _card(described, evaluation))
+    return seal(out, described)
+
+
+def seal(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest of the files that lie in `out`; `described` holds the fields that do not follow from these.
+
+    Returns:
+        model_version, mixture_version, the number of files and their bytes.
+    """
     files = {name: _sha256(out / name) for name in _files(out)}
     version = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
     manifest = Manifest(model_version=version, files=files, **described)

@@ -221,7 +221,7 @@ def evaluate(
 ) -> None:
     """Own against global against wrong coterie on test prompts; the gate on validation prompts."""
     settings = read_settings(config.EvaluateSettings, values)
-    _echo(stages.evaluate(embedded, clustered, _rewards(rewards), out, settings, comparisons))
+    _echo(stages.evaluate(embedded, clustered, _made_in(rewards), out, settings, comparisons))
 
 
 @main.command()
@@ -232,6 +232,48 @@ def bundle(folder: Path, out: Path | None, **values: Any) -> None:
     """One checksummed artifact of everything that serves, from the stage folders in FOLDER."""
     settings = read_settings(config.BundleSettings, values)
     _echo(stages.bundle(**_stage_folders(folder), out=out or folder / "bundle", settings=settings))
+
+
+@main.command()
+@click.argument("bundle", type=PathOption)
+@click.option("--comparisons", type=PathOption, required=True, help="comparisons.parquet, or the folder of ingest")
+@click.option("--coterie", type=int, help="only this coterie; OUT/start must be there already")
+@click.option("--out", type=PathOption, required=True, help="a folder a policy is made in it")
+@settings_options(config.AlignSettings)
+def align(bundle: Path, comparisons: Path, coterie: int | None, out: Path, **values: Any) -> None:
+    """The shared start, a policy for everybody and one a coterie of BUNDLE, into OUT/start, OUT/global, OUT/coterie-0 ..."""
+    settings = read_settings(config.AlignSettings, values)
+    start = out / "start"
+    if coterie is None:
+        _echo(stages.start(comparisons, start, settings))
+    for k in stages.policies_of(bundle) if coterie is None else [coterie]:
+        _echo(stages.align(bundle, comparisons, start, out / stages.reward_name(k), settings, k))
+
+
+@main.command()
+@click.argument("bundle", type=PathOption)
+@click.option("--policies", type=PathOption, required=True, help="folder of the policies")
+@click.option("--comparisons", type=PathOption, required=True, help="comparisons.parquet, or the folder of ingest")
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed")
+@click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
+@click.option("--out", type=PathOption, required=True)
+@settings_options(config.JudgeSettings)
+def judge(
+    bundle: Path, policies: Path, comparisons: Path, embedded: Path, clustered: Path, out: Path, **values: Any
+) -> None:
+    """Whose policy people prefer: own against start, global and wrong, by rewards that no policy was tuned on."""
+    settings = read_settings(config.JudgeSettings, values)
+    _echo(stages.judge(_made_in(policies), bundle, comparisons, embedded, clustered, out, settings))
+
+
+@main.command()
+@click.argument("bundle", type=PathOption)
+@click.option("--policies", type=PathOption, required=True, help="folder of the policies")
+@click.option("--judged", type=PathOption, required=True, help="folder of judge")
+@click.option("--out", type=PathOption, required=True)
+def release(bundle: Path, policies: Path, judged: Path, out: Path) -> None:
+    """BUNDLE with the policies that serve."""
+    _echo(stages.release(bundle, _made_in(policies), judged, out))
 
 
 @main.command()
@@ -332,6 +374,31 @@ def score(
 
 
 @main.command()
+@of_a_person
+@click.option("--prompt", required=True)
+@click.option("--answers", default=1, show_default=True, type=click.IntRange(1, 64))
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0), help="0: the likeliest words")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+def generate(
+    bundle: Path, person: Person, profiles: Path | None, prompt: str, answers: int, max_tokens: int,
+    temperature: float, seed: int,
+) -> None:  # fmt: skip
+    """Answer a prompt with the policy of a person's coterie; a stranger with that of everybody."""
+    from coterie.bundle import Bundle
+    from coterie.policies.release import load_policy
+    from coterie.scoring import load_scorer
+
+    loaded = Bundle.load(bundle)
+    taken = person.route(loaded, profiles or bundle.parent / "publish", lambda: load_scorer(loaded))
+    name, policy = load_policy(loaded, taken.coterie)
+    click.echo(f"answered by the policy {name}" + (f" ({taken.reason})" if taken.reason else ""), err=True)
+    [texts] = policy.generate([prompt], answers, max_tokens, temperature, seed)
+    for answer in texts:
+        click.echo(answer.text + ("" if answer.finished else " …"))
+
+
+@main.command()
 @click.argument("bundle", type=PathOption)
 @click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -342,7 +409,7 @@ def serve(bundle: Path, profiles: Path | None, host: str, port: int) -> None:
     server.serve(bundle, profiles or bundle.parent / "publish", port=port, host=host)
 
 
-def _rewards(folder: Path) -> list[Path]:
+def _made_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{STAGE_FILE}"))
 
 
@@ -354,7 +421,7 @@ def _stage_folders(folder: Path) -> dict[str, Any]:
         "clustered": "cluster",
         "evaluated": "evaluate",
     }
-    return {key: folder / name for key, name in names.items()} | {"rewards": _rewards(folder / "rewards")}
+    return {key: folder / name for key, name in names.items()} | {"rewards": _made_in(folder / "rewards")}
 
 
 def _echo(metrics: dict[str, Any]) -> None:

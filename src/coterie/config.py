@@ -214,6 +214,8 @@ class Recipe(Settings):
     reward: RewardSettings = RewardSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     bundle: BundleSettings = BundleSettings()
+    align: AlignSettings = AlignSettings()
+    judge: JudgeSettings = JudgeSettings()
     publish: PublishSettings = PublishSettings()
 
     def arguments(self) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from coterie import contracts
 from coterie.config import (
+    AlignSettings,
     BundleSettings,
     ClusterSettings,
     EmbedSettings,
     EncodeSettings,
     EvaluateSettings,
     IngestSettings,
+    JudgeSettings,
     PublishSettings,
     RewardSettings,
     Settings,
@@ -189,6 +191,61 @@ def promote(
     return stage("promote", settings, inputs, out, work)
 
 
+def start(comparisons: Path, out: Path, settings: AlignSettings) -> dict[str, Any]:
+    """The policy that all policies start from, and are held near."""
+    from coterie.policies import make_start
+
+    inputs = _texts(comparisons)
+    return stage(
+        "policies/start", settings, inputs, out, lambda folder: make_start(inputs["comparisons"], folder, settings)
+    )
+
+
+def align(
+    bundle: Path, comparisons: Path, start: Path, out: Path, settings: AlignSettings, coterie: int | None = None
+) -> dict[str, Any]:
+    """The policy of everybody, or with `coterie` that coterie's, tuned against the reward of the bundle."""
+    from coterie.policies import align
+
+    inputs = {"bundle": bundle, "start": start, **_texts(comparisons)}
+    which: Any = contracts.GLOBAL if coterie is None else coterie
+
+    def work(folder: Path) -> dict[str, Any]:
+        return align(bundle, inputs["comparisons"], start, folder, which, settings)
+
+    return stage(f"policies/{reward_name(coterie)}", settings, inputs, out, work)
+
+
+def judge(
+    policies: Sequence[Path],
+    bundle: Path,
+    comparisons: Path,
+    embedded: Path,
+    clustered: Path,
+    out: Path,
+    settings: JudgeSettings,
+) -> dict[str, Any]:
+    """Whose policy people prefer, by rewards that no policy was tuned on, and the gate of each."""
+    from coterie.policies.judging import judge
+
+    named = _named(policies, "policies", "coterie align")
+    inputs = {"bundle": bundle, "embedded": embedded, "clustered": clustered, **_texts(comparisons)}
+
+    def work(_: Path) -> dict[str, Any]:
+        return judge(named, bundle, inputs["comparisons"], embedded, clustered, settings)
+
+    return stage("judge", settings, inputs | named, out, work)
+
+
+def release(bundle: Path, policies: Sequence[Path], judged: Path, out: Path) -> dict[str, Any]:
+    """The bundle with the policies that serve."""
+    from coterie.policies.release import bundle_policies
+
+    named = _named(policies, "policies", "coterie align")
+    inputs = {"bundle": bundle, "judged": judged, **named}
+    return stage("release", Settings(), inputs, out, lambda folder: bundle_policies(bundle, named, judged, folder))
+
+
 def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, Any]:
     """Worker profiles into Feast: the offline Parquet, and the online store.
 
@@ -263,16 +320,35 @@ def audiences(clustered: Mapping[str, Any]) -> list[int | Literal["embedding"]]:
     return [*range(selection["coteries"]), *personal]
 
 
+def policies_of(bundle: Path) -> list[int | None]:
+    """Whom policies are tuned for: everybody (None), and the coteries that have a reward of their own."""
+    from coterie.bundle import Bundle
+
+    return [
+        None,
+        *(
+            gate.coterie
+            for gate in Bundle.load(bundle).manifest.gates
+            if gate.serves == "own" and gate.coterie is not None
+        ),
+    ]
+
+
 def _named_rewards(rewards: Sequence[Path]) -> dict[str, Path]:
-    """Name the folders of rewards by what their own stage.json says they are, whatever they are called on the disk."""
-    named = {}
-    for path in rewards:
-        record = record_of(path)
-        if not str(record.get("stage", "")).startswith("rewards/"):
-            raise BadData(f"{path}: not the folder of a reward; give those that `coterie reward` wrote")
-        named[record["stage"].removeprefix("rewards/")] = path
+    named = _named(rewards, "rewards", "coterie reward")
     if contracts.GLOBAL not in named:
         raise BadData("the global reward is not among the rewards; run `coterie reward` without --coterie first")
+    return named
+
+
+def _named(folders: Sequence[Path], kind: str, command: str) -> dict[str, Path]:
+    """Name folders by what their own stage.json says they are, whatever they are called on the disk."""
+    named = {}
+    for path in folders:
+        made_by = str(record_of(path).get("stage", ""))
+        if not made_by.startswith(f"{kind}/"):
+            raise BadData(f"{path}: not one of the {kind}; give the folders that `{command}` wrote")
+        named[made_by.removeprefix(f"{kind}/")] = path
     return dict(sorted(named.items()))
 
 

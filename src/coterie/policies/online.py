@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from coterie.config import AlignSettings
-from coterie.policies.training import Watch, lora, trainer_arguments
+from coterie.policies.training import PolicyWatch, lora, trainer_arguments
 
 _TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 _LEAST_PRICE = 1e-9  # at a price of zero TRL would not measure the divergence
 
 
 def online_trainer(
-    model: Any, tokenizer: Any, prompts: Sequence[str], watch: Watch, settings: AlignSettings, folder: Path
+    model: Any, tokenizer: Any, prompts: Sequence[str], watch: PolicyWatch, settings: AlignSettings, folder: Path
 ) -> Any:
     """A trainer of an adapter of `model`, with the model itself as reference; arguments as of `ppo_trainer`."""
 

@@ -16,7 +16,7 @@ from torch import nn
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from coterie.config import AlignSettings
-from coterie.policies.training import Watch, lora, trainer_arguments
+from coterie.policies.training import PolicyWatch, lora, trainer_arguments
 
 _PAD = "<|coterie:pad|>"
 _EPOCHS = 2  # passes over the responses of an update
@@ -27,7 +27,7 @@ def ppo_trainer(
     model: Any,
     tokenizer: Any,
     prompts: Mapping[tuple[int, ...], str],
-    watch: Watch,
+    watch: PolicyWatch,
     settings: AlignSettings,
     folder: Path,
 ) -> PPOTrainer:
@@ -110,7 +110,7 @@ class _Reward(nn.Module):  # type: ignore[misc]
 
     base_model_prefix = "ids"
 
-    def __init__(self, prompts: Mapping[tuple[int, ...], str], watch: Watch) -> None:
+    def __init__(self, prompts: Mapping[tuple[int, ...], str], watch: PolicyWatch) -> None:
         super().__init__()
         self.queries: torch.Tensor | None = None  # of the batch at hand [n, tokens], set by _Told
         self._prompts, self._watch = prompts, watch

@@ -52,19 +52,55 @@ class LimitReached(Exception):
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Draws the progress bar, keeps the curve, and stops a run that diverges.
+    """Draws the progress bar and keeps the curve; stops where a loss is not finite.
+
+    Attributes:
+        curve: figures of each step.
+    """
+
+    def __init__(self, method: str, steps: int, learning_rate: float) -> None:
+        self.curve: list[dict[str, float]] = []
+        self._method, self._steps, self._learning_rate = method, steps, learning_rate
+        self._bar = progress(total=steps, desc=method, unit="updates")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:  # not the summary at the end
+            self.check(state.global_step, logs["loss"], logs["grad_norm"])
+            self.curve.append({"step": state.global_step, "loss": logs["loss"]})
+
+    def check(self, step: int, *figures: float) -> None:
+        """Raises RunFailed: a figure of this step is not finite."""
+        if not all(map(math.isfinite, figures)):
+            raise RunFailed(
+                f"{self._method}: the loss is not finite any more at update {step} of {self._steps} (learning rate "
+                f"{self._learning_rate:g}). Lower align.learning_rate, or raise align.batch_size."
+            )
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._bar.close()
+
+
+class PolicyWatch(Watch):
+    """Rewards what is sampled, keeps the last policies, and stops a run that goes too far from its start.
 
     The divergence of an update is measured on the answers it samples, so it is that of the policy before the update.
+
+    Attributes:
+        curve: of each update step, reward, normalised, length, finished, kl and entropy, as `align` returns them.
+        kept: updates after which the policy was within the limit.
     """
 
     def __init__(self, settings: AlignSettings, reward: NormalisedReward, tokenizer: Any) -> None:
-        self.curve: list[dict[str, float]] = []
-        self.kept = 0  # updates after which the policy was within the limit
-        self._settings, self._reward, self._tokenizer = settings, reward, tokenizer
+        super().__init__(settings.method, settings.steps, settings.learning_rate)
+        self.kept = 0
+        self._limit, self._reward, self._tokenizer = settings.kl_limit, reward, tokenizer
         self._adapter: Any = None
         self._states: dict[int, dict[str, Any]] = {}
         self._sampled: dict[str, float] = {}
-        self._bar = progress(total=settings.steps, desc=settings.method, unit="updates")
 
     def follow(self, adapter: Any) -> None:
         """Watch this PeftModel."""
@@ -88,44 +124,35 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return earned.normalised
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control)
         self._states[state.global_step] = self._state()
-        self._bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if not {"loss", "objective/kl"} & logs.keys():
-            return  # the summary at the end
-        step, length = int(state.global_step), self._sampled["length"]
+        step = state.global_step
         if "objective/kl" in logs:  # PPO: sums over a response
-            kl, entropy = logs["objective/kl"], logs["objective/entropy"] / length
-            losses = [logs["loss/policy_avg"], logs["loss/value_avg"]]
-        else:  # GRPO and RLOO: means of a token
+            kl, entropy = logs["objective/kl"], logs["objective/entropy"] / self._sampled["length"]
+            self.check(step, kl, logs["loss/policy_avg"], logs["loss/value_avg"])
+        elif "loss" in logs:  # GRPO and RLOO: means of a token
             kl, entropy = logs["kl"] * logs["completions/mean_length"], logs["entropy"]
-            losses = [logs["loss"], logs["grad_norm"]]
-        if not all(map(math.isfinite, [kl, *losses])):
-            raise RunFailed(
-                f"{self._settings.method}: the loss is not finite any more at update {step} of {self._settings.steps} "
-                f"(learning rate {self._settings.learning_rate}). Lower align.learning_rate, or raise align.batch_size."
-            )
+            self.check(step, kl, logs["loss"], logs["grad_norm"])
+        else:
+            return
         self.curve.append({"step": step, **self._sampled, "kl": kl, "entropy": entropy})
-        if kl > self._settings.kl_limit:
+        if kl > self._limit:
             raise LimitReached(
                 f"the policy before update {step} was {kl:.1f} nats a response from its start, more than "
-                f"align.kl_limit = {self._settings.kl_limit:g}"
+                f"align.kl_limit = {self._limit:g}"
             )
         self.kept = step - 1
-        self._states = {at: kept for at, kept in self._states.items() if at >= self.kept}
+        self._states = {at: state for at, state in self._states.items() if at >= self.kept}
 
     def _state(self) -> dict[str, Any]:
         state = get_peft_model_state_dict(self._adapter, save_embedding_layers=False)
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
-    def close(self) -> None:
-        """Remove the progress bar."""
-        self._bar.close()
-
 
 def run(trainer: Any, watch: Watch) -> str | None:
-    """Train, and say why it stopped early. Raises RunFailed: the loss is not finite."""
+    """Train, and say why it stopped early, or None. Raises RunFailed: a loss or a reward is not finite."""
     trainer.remove_callback(PrinterCallback)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TRL's own remarks

@@ -22,7 +22,8 @@ from coterie.contracts import (
 )
 from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.votes import Votes, load_votes
-from coterie.errors import BadData
+from coterie.errors import BadConfiguration, BadData
+from coterie.rewards.adapters import train_adapter
 from coterie.rewards.heads import (
     SMALLEST_RESPONSIBILITY,
     PersonalHead,
@@ -45,24 +46,29 @@ def train_reward(
 ) -> dict[str, Any]:
     """Fit one head and write it to out/head.safetensors (by embedding: out/personal.safetensors).
 
+    Where settings.kind is adapter, train an adapter of a backbone as well and write it beside the head.
+
     Args:
         embedded: folder of the embed stage (differences.parquet).
         clustered: folder of the cluster stage (assignments.parquet).
         out: folder to write to.
         coterie: number of the coterie, "global", or "embedding": everybody by their own.
         settings: the stage's settings.
-        global_reward: folder of the global head; needed for a coterie.
+        global_reward: folder of the global reward; needed for a coterie.
+        comparisons: comparisons.parquet, or the folder of ingest; needed for adapters.
 
     Returns:
         workers and comparisons (sums of responsibilities), precision, scale, train_log_loss, validation_log_loss, and
-        for a coterie global_validation_log_loss: of the global head on the same comparisons.
+        for a coterie global_validation_log_loss: of the global head on the same comparisons. Of an adapter also what
+        train_adapter returns.
 
     Raises:
         BadData: an input is missing, or there is no such coterie.
+        BadConfiguration, RunFailed: as train_adapter.
     """
     path = embedded / "differences.parquet"
     train, validation = load_votes(path, TRAIN), load_votes(path, VALIDATION)
-    columns = ASSIGNMENT.read(clustered / "assignments.parquet", columns=["posterior", "reliability"])
+    columns = ASSIGNMENT.read(clustered / "assignments.parquet", columns=["worker_id", "posterior", "reliability"])
     if coterie == EMBEDDING_REWARD:
         return _train_personal(embedded, clustered, out, validation)
     posterior = matrix(columns["posterior"]).astype(np.float64)
@@ -83,7 +89,7 @@ def train_reward(
         x, y, weight = weighted(validation, np.where(audience < SMALLEST_RESPONSIBILITY, 0, audience), reliability)
         extra = {"global_validation_log_loss": mean_loss(x @ base.weight, y, weight)} if len(y) else {}
     fitted.head.save(out / HEAD_FILE)
-    figures = {
+    figures: dict[str, Any] = {
         "workers": float(audience.sum()),
         "comparisons": float(audience[train.worker].sum()),
         "precision": fitted.precision,
@@ -92,7 +98,13 @@ def train_reward(
         "validation_log_loss": fitted.validation_log_loss,
         **extra,
     }
-    return {name: value for name, value in figures.items() if np.isfinite(value)}
+    if settings.kind == "adapter":
+        if comparisons is None:
+            raise BadConfiguration("reward adapters are trained on texts: give the comparisons of ingest as well")
+        source = comparisons / "comparisons.parquet" if comparisons.is_dir() else comparisons
+        start, workers = None if coterie == GLOBAL else global_reward, columns["worker_id"].to_pylist()
+        figures |= train_adapter(embedded, source, out, settings, workers, audience, reliability, start)
+    return {name: value for name, value in figures.items() if not isinstance(value, float) or np.isfinite(value)}
 
 
 def _train_personal(embedded: Path, clustered: Path, out: Path, validation: Votes) -> dict[str, float]:

@@ -1,0 +1,501 @@
+"""Which policy people prefer: win rates, raw and at equal length, by judges that no policy was tuned on.
+
+A win rate is the share of people's votes that one policy's answers are expected to get against another's to the same
+prompts, every person and every prompt counting once; two equal answers share the votes. Two kinds of judges say how people
+vote:
+
+- held out: reward heads fitted to validation and test comparisons, where policies are tuned on rewards of training
+  comparisons. Features and coteries are common to both, the votes are not.
+- the truth, where annotators are simulated and their tastes can be measured on any text.
+
+At equal length: a logistic regression of the votes on the difference of the two answers' log lengths, read where they do not
+differ (Dubois et al. 2024, arXiv 2404.04475, section 3). It is the headline, since it uses every prompt. Beside it stands the
+rate over the prompts where both answers are about as long, which supposes no curve but hears few prompts.
+
+Intervals are those of coterie.bootstrap, over people and prompts. What a held-out judge says rests on the people whose votes it
+was fitted to, so each of them stands for the judge as it were with a little more of their votes: the infinitesimal jackknife
+(Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.special import expit
+
+from coterie.bootstrap import FEWEST_WORKERS, TwoWayBootstrap
+from coterie.bundle import Bundle
+from coterie.config import JudgeSettings
+from coterie.contracts import ASSIGNMENT, COMPARISON, GLOBAL, TEST, TRAIN, VALIDATION, Estimate, PolicyGate, matrix
+from coterie.discovery.logistic import curvature, gram, residual
+from coterie.discovery.votes import Votes, joined, load_votes
+from coterie.encoding import STYLE_NAMES, style_features
+from coterie.errors import BadConfiguration, BadData
+from coterie.policies.best_of_n import best_of_n
+from coterie.policies.policy import START, Answer, Policy, prompt_ids
+from coterie.progress import progress
+from coterie.rewards import SMALLEST_RESPONSIBILITY, FittedHead, fit_coterie, fit_global, fit_head
+from coterie.scoring import Question, Scorer, load_scorer
+from coterie.simulation.truth import SimulatedTruth, about_style
+
+Array = NDArray[Any]
+Features = Callable[[Sequence[str], Sequence[str]], Array]  # prompts and responses [n] -> h [n, d]
+
+OWN, WRONG = "own", "wrong"  # of each person's coterie; the mean over the other coteries' policies
+_WORDS = STYLE_NAMES.index("words")
+_PRECISION = 0.01  # of the prior of the regression on length: it keeps the slope finite where all answers are as long
+_MOST_PEOPLE, _FEWEST_GROUPS = 500, 50  # past the first, people whose votes made judges stand together in random groups
+_SAMPLES = 5  # prompts whose answers are shown
+
+
+# ------------------------------------------------------------------------------------------------------------- the judges
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each of n prompts.
+
+    Attributes:
+        prompts, texts: [n].
+        finished: [n] bool.
+        words: [n], log(1 + words).
+        features: h [n, d].
+    """
+
+    prompts: list[str]
+    texts: list[str]
+    finished: Array
+    words: Array
+    features: Array
+
+    @classmethod
+    def of(cls, prompts: list[str], answers: Sequence[Answer], features: Features) -> Answers:
+        """Measure answers [n] to prompts [n]."""
+        texts = [answer.text for answer in answers]
+        finished = np.array([answer.finished for answer in answers])
+        words = style_features(prompts, texts)[:, _WORDS].astype(np.float64)
+        return cls(prompts, texts, finished, words, features(prompts, texts).astype(np.float64))
+
+
+class Judge(Protocol):
+    """Says how the people of a coterie vote."""
+
+    @property
+    def people(self) -> int:
+        """How many they are."""
+        ...
+
+    def votes(self, first: Answers, second: Answers) -> Array:
+        """The chance that each person votes for the first answer, [people, n]."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldoutJudge:
+    """A reward head of held-out votes.
+
+    Attributes:
+        weight: [d], calibrated: the logistic function of a score difference is the chance of a vote.
+        influence: [people, d], by how much each of them moves the weight, times their number; sums to zero.
+    """
+
+    weight: Array
+    influence: Array
+
+    @property
+    def people(self) -> int:
+        """As Judge.people; many stand together in groups."""
+        return len(self.influence)
+
+    def score(self, answers: Answers) -> Array:
+        """Scores [n]."""
+        scores: Array = answers.features @ self.weight
+        return scores
+
+    def votes(self, first: Answers, second: Answers) -> Array:
+        """As Judge.votes. All people have the judge's opinion in the mean, and differ by what they have moved it."""
+        margin = self.score(first) - self.score(second)
+        moved = self.influence @ (first.features - second.features).T
+        votes: Array = expit(margin) + curvature(margin) * moved
+        return votes
+
+
+@dataclass(frozen=True)
+class TrueJudge:
+    """Simulated annotators themselves; `workers` are rows of the truth's."""
+
+    truth: SimulatedTruth
+    workers: Array
+
+    @property
+    def people(self) -> int:
+        """As Judge.people."""
+        return len(self.workers)
+
+    def votes(self, first: Answers, second: Answers) -> Array:
+        """As Judge.votes."""
+        return self.truth.prefers(first.prompts, first.texts, second.texts)[:, self.workers].T
+
+
+def heldout_judges(embedded: Path, clustered: Path, seed: int = 0) -> list[HeldoutJudge | None]:
+    """Judges of the folders of the embed and cluster stages, as of `fit_judges`: held out are validation and test prompts.
+
+    Raises:
+        BadData: an input is missing, or a split is empty.
+    """
+    train, *parts = (load_votes(embedded / "differences.parquet", split) for split in (TRAIN, VALIDATION, TEST))
+    held = joined(parts, train.n_workers)
+    held = Votes.of(held.x, held.y, held.worker, held.prompt, held.n_workers, held.weight)
+    table = ASSIGNMENT.read(clustered / "assignments.parquet", ["posterior", "reliability"])
+    posterior, reliability = matrix(table["posterior"]), table["reliability"].to_numpy()
+    return fit_judges(train, held, posterior.astype(np.float64), reliability.astype(np.float64), seed)
+
+
+def fit_judges(
+    train: Votes, held: Votes, posterior: Array, reliability: Array, seed: int = 0
+) -> list[HeldoutJudge | None]:
+    """Judges for everybody and for each coterie, [1 + coteries]; a coterie without held-out votes has none.
+
+    Args:
+        train: comparisons that choose two numbers of a judge, the precision of its prior and its scale.
+        held: comparisons that it is fitted to.
+        posterior: [n_workers, coteries]. reliability: beta of each worker [n_workers].
+        seed: of the random groups of people, where they are many.
+    """
+    everybody = np.ones(held.n_workers)
+    common = fit_global(held, train, reliability)
+    moved = _influence(held, everybody, reliability, common, np.zeros((held.n_workers, held.n_features)))
+    judges: list[HeldoutJudge | None] = [_judge_of(common, moved, held.present, train, everybody, seed)]
+    for audience in np.where(posterior < SMALLEST_RESPONSIBILITY, 0.0, posterior).T:
+        people = held.present & (audience > 0)
+        if not people.any():
+            judges.append(None)
+            continue
+        fitted = fit_coterie(held, train, audience, reliability, common.head)
+        own = _influence(held, audience, reliability, fitted, moved)
+        judges.append(_judge_of(fitted, own, people, train, audience, seed))
+    return judges
+
+
+def _influence(votes: Votes, audience: Array, reliability: Array, fitted: FittedHead, of_prior: Array) -> Array:
+    """By how much each worker's votes move the weight of a head, and of the prior's mean it is pulled towards [workers, d]."""
+    beta = reliability[votes.worker]
+    counts = votes.weighted(audience[votes.worker])
+    margin = beta * (votes.x @ fitted.head.weight)
+    hessian = gram(votes.x, counts * beta**2 * curvature(margin)) + fitted.precision * np.eye(votes.n_features)
+    pushed = votes.gradients_by_worker(counts * beta * residual(margin, votes.y)) + fitted.precision * of_prior
+    moved: Array = np.linalg.solve(hessian, pushed.T).T
+    return moved
+
+
+def _judge_of(
+    fitted: FittedHead, moved: Array, people: Array, train: Votes, audience: Array, seed: int
+) -> HeldoutJudge:
+    """A judge of the workers `people` [n_workers, bool], who move the head's weight by `moved` [n_workers, d]."""
+    weight = fitted.head.scale * fitted.head.weight
+    moved = fitted.head.scale * moved[people] * np.count_nonzero(people)
+    # The scale follows the weight: at the least loss on training comparisons this sum stays zero.
+    counts, margin = train.weighted(audience[train.worker]), train.x @ weight
+    slope = train.x.T @ (counts * (residual(margin, train.y) - curvature(margin) * margin))
+    moved = moved - np.outer(moved @ slope, weight) / float(slope @ weight)
+    groups = min(len(moved), max(_FEWEST_GROUPS, _MOST_PEOPLE * len(moved) // len(people)))  # in proportion
+    group = np.random.default_rng(seed).permutation(len(moved)) % groups
+    grouped = np.zeros((groups, moved.shape[1]))
+    np.add.at(grouped, group, moved)
+    grouped /= np.bincount(group)[:, None]
+    return HeldoutJudge(weight, grouped - grouped.mean(axis=0))
+
+
+def true_judges(truth: SimulatedTruth, clustered: Path) -> list[TrueJudge | None]:
+    """Judges for everybody and for each coterie, [1 + coteries]: the simulated workers that were assigned to it, if any.
+
+    Raises:
+        BadData: the workers of the clustering are not the simulation's.
+    """
+    table = ASSIGNMENT.read(clustered / "assignments.parquet", ["worker_id", "coterie", "posterior"])
+    places = {worker: row for row, worker in enumerate(truth.workers)}
+    rows = np.array([places.get(worker, -1) for worker in table["worker_id"].to_pylist()])
+    if (rows < 0).any():
+        raise BadData(
+            f"{clustered}: {np.count_nonzero(rows < 0)} of its {len(rows)} workers are not in the truth. Give the truth.json "
+            "that ingest wrote of simulated://..., or ingest with pseudonyms none."
+        )
+    coterie = table["coterie"].to_numpy()
+    coteries = table.schema.field("posterior").type.list_size
+    groups = [rows, *(rows[coterie == k] for k in range(coteries))]
+    return [TrueJudge(truth, group) if len(group) else None for group in groups]
+
+
+# ----------------------------------------------------------------------------------------------------------- the win rates
+class Comparison(NamedTuple):
+    """What the people of a judge compare: a policy's answers, and those of one other, or of several for their mean."""
+
+    judge: Judge
+    policy: Answers
+    against: Sequence[Answers]
+
+
+def win_rates(comparisons: Sequence[Comparison], settings: JudgeSettings) -> dict[str, Any]:
+    """Win rates over the people of one or more comparisons at the same prompts.
+
+    Returns:
+        raw, equal_length (headline) and within_tolerance as contracts.Estimate; within: how many of the pairs of answers
+        are of about equal length, of pairs; people.
+    """
+    rates: dict[str, list[tuple[Array, Array]]] = {}
+    pairs = within = 0
+    for judge, policy, against in comparisons:
+        votes = np.stack([judge.votes(policy, other) for other in against])  # [others, people, n]
+        longer = np.stack([policy.words - other.words for other in against])  # [others, n]
+        near = -np.expm1(-np.abs(longer)) <= settings.length_tolerance
+        curves = [_at_equal_length(v, x) for v, x in zip(votes, longer, strict=True)]
+        close = np.einsum("opn,on->pn", votes, near) / np.maximum(near.sum(axis=0), 1)
+        always = np.ones_like(close, dtype=bool)
+        rates.setdefault("raw", []).append((votes.mean(axis=0), always))
+        rates.setdefault("equal_length", []).append((np.mean(curves, axis=0), always))
+        rates.setdefault("within_tolerance", []).append((close, always & near.any(axis=0)))
+        pairs, within = pairs + near.size, within + int(near.sum())
+    told: dict[str, Any] = {}
+    for name, parts in rates.items():
+        values, valid = (np.concatenate(column) for column in zip(*parts, strict=True))
+        bootstrap = _crossed(*values.shape, settings.replicates, settings.level, settings.seed)
+        estimate = bootstrap.estimate(values.ravel(), valid.ravel(), np.ones(len(values), dtype=bool))
+        told[name] = estimate.model_dump()
+    return {**told, "pairs": pairs, "within": within, "people": len(values)}
+
+
+@lru_cache(maxsize=8)
+def _crossed(people: int, prompts: int, replicates: int, level: float, seed: int) -> TwoWayBootstrap:
+    """A bootstrap where everybody votes at every prompt."""
+    worker = np.repeat(np.arange(people, dtype=np.int32), prompts)
+    prompt = np.tile(np.arange(prompts), people)
+    votes = Votes(np.empty((len(worker), 0)), np.ones(len(worker)), worker, prompt, people)
+    return TwoWayBootstrap(votes, replicates, level, seed)
+
+
+def _at_equal_length(votes: Array, longer: Array) -> Array:
+    """Values [people, n] whose mean is the win rate at equal length, and whose spread is that of its influences.
+
+    Args:
+        votes: [people, n].
+        longer: [n], the difference of log lengths.
+    """
+    share = votes.mean(axis=0)
+    x = np.stack([np.ones(len(longer)), longer / max(float(np.sqrt((longer**2).mean())), 1e-12)], axis=1)
+    everything = np.ones(len(share))
+    theta = fit_head(x, np.clip(share, 0.0, 1.0), everything, np.zeros(2), _PRECISION)
+    fitted = expit(x @ theta)
+    hessian = gram(x, fitted * (1 - fitted)) + _PRECISION * np.eye(2)
+    rate = float(expit(theta[0]))
+    inverse = np.linalg.inv(hessian)
+    pull = rate * (1 - rate) * len(share) * (x @ inverse[0])  # of a residual on the rate, in n-ths
+    # A curve bends towards the prompts it was fitted to: what is left of them is enlarged, as HC3 does (MacKinnon and White
+    # 1985, Journal of Econometrics 29(3)).
+    leverage = fitted * (1 - fitted) * np.einsum("nd,de,ne->n", x, inverse, x)
+    values = pull * (votes - share + (share - fitted) / (1 - leverage))
+    centered: Array = values - values.mean() + rate
+    return centered
+
+
+# --------------------------------------------------------------------------------------------------------------- the stage
+def judge(
+    policies: Mapping[str, Path],
+    bundle: Path,
+    comparisons: Path,
+    embedded: Path,
+    clustered: Path,
+    settings: JudgeSettings,
+) -> dict[str, Any]:
+    """Let every policy answer the same test prompts, and let people choose.
+
+    Args:
+        policies: folders by name: start, global, coterie-0 ... A coterie may have none.
+        bundle: that holds the rewards; they choose the best of n.
+        comparisons: comparisons.parquet; beside it truth.json, where ingest simulated people.
+        embedded, clustered: folders of those stages.
+        settings: of this stage.
+
+    Returns:
+        wins: win rates as of `win_rates`, each with judge ("heldout" or "truth"), coterie (None: everybody), policy and
+        against, which are names of policies, "own", "wrong", or as "coterie-0 best-of-16" the start's best by a reward.
+        gates: as contracts.PolicyGate; everybody's own (coterie None) is the global policy. worst: the coterie whose people
+        gain least over the start by what serves them. lengths (words) and finished (share) by policy. samples: prompts
+        with everybody's answers. prompts, and prompts_left_out, which are too long for the policies. level, seed.
+
+    Raises:
+        BadData: an input is missing, or no test prompt is there. BadBundle: a policy or the bundle is damaged.
+        BadConfiguration: a backbone or the encoder cannot be loaded, or the start or the global policy is not given.
+    """
+    if missing := sorted({START, GLOBAL} - policies.keys()):
+        raise BadConfiguration(f"policies are judged against {' and '.join(missing)}; give the folder of it as well")
+    scorer = load_scorer(Bundle.load(bundle))
+    start = Policy.load(policies[START])
+    prompts, left_out = _test_prompts(comparisons, start, settings)
+    given: dict[str, list[Answer]] = {}
+    for name, folder in progress(policies.items(), desc="judge", unit="policies"):
+        policy = start if name == START else Policy.load(folder, start=policies[START])
+        given[name] = [answers[0] for answers in _answer(policy, prompts, 1, settings.seed)]
+    if settings.best_of > 1:
+        samples = _answer(start, prompts, settings.best_of, settings.seed + 1)
+        for name, scores in _scored(scorer, prompts, samples).items():
+            given[_best(name, settings.best_of)] = best_of_n(samples, scores)
+    answered = {name: Answers.of(prompts, answers, scorer.features) for name, answers in given.items()}
+
+    judges: dict[str, Sequence[Judge | None]] = {"heldout": heldout_judges(embedded, clustered, settings.seed)}
+    if about_style(comparisons.with_name("truth.json")):
+        truth = SimulatedTruth.load(comparisons.with_name("truth.json"), comparisons)
+        judges["truth"] = true_judges(truth, clustered)
+    wins: list[dict[str, Any]] = []
+    for kind, of_coteries in judges.items():
+        together: dict[str, list[Comparison]] = {}  # everybody, each with the policy of their own coterie
+        for coterie, one in zip([None, *range(len(of_coteries) - 1)], of_coteries, strict=True):
+            if one is None:
+                continue
+            for name, against, others in _pairings(coterie, list(policies), settings.best_of):
+                compared = Comparison(one, answered[name], [answered[other] for other in others])
+                told = {"judge": kind, "coterie": coterie, "policy": name, "against": against}
+                wins.append(told | win_rates([compared], settings))
+                if coterie is not None and name == _name(coterie) and against in (START, GLOBAL, WRONG):
+                    together.setdefault(against, []).append(compared)
+        for against, parts in together.items():
+            told = {"judge": kind, "coterie": None, "policy": OWN, "against": against}
+            wins.append(told | win_rates(parts, settings))
+    gates = _gates(wins, scorer.bundle.manifest.coteries, policies.keys())
+    return {
+        "wins": wins,
+        "gates": [gate.model_dump() for gate in gates],
+        "worst": _worst(wins, gates),
+        "lengths": {name: _mean(np.expm1(a.words), settings.level) for name, a in answered.items()},
+        "finished": {name: _mean(a.finished.astype(float), settings.level) for name, a in answered.items()},
+        "samples": [
+            {"prompt": prompt, "answers": {name: answers[row]._asdict() for name, answers in given.items()}}
+            for row, prompt in enumerate(prompts[:_SAMPLES])
+        ],
+        "prompts": len(prompts),
+        "prompts_left_out": left_out,
+        "level": settings.level,
+        "seed": settings.seed,
+    }
+
+
+def _test_prompts(comparisons: Path, start: Policy, settings: JudgeSettings) -> tuple[list[str], int]:
+    """Test prompts in random order, one of each prompt_id, and how many were too long for the policies."""
+    table = COMPARISON.read(comparisons, ["prompt", "prompt_id", "split"])
+    held = table.filter(pc.equal(table["split"].cast(pa.string()), TEST)).sort_by(
+        [("prompt_id", "ascending"), ("prompt", "ascending")]
+    )
+    by_id = dict(zip(held["prompt_id"].to_pylist(), held["prompt"].to_pylist(), strict=True))
+    different = list(by_id.values())
+    kept: list[str] = []
+    left_out = 0
+    for row in np.random.default_rng(settings.seed).permutation(len(different)).tolist():
+        if len(prompt_ids(start.tokenizer, [different[row]])[0]) > start.card.prompt_tokens:
+            left_out += 1
+        else:
+            kept.append(different[row])
+        if len(kept) == settings.prompts:
+            break
+    if not kept:
+        raise BadData(
+            f"{comparisons}: of {len(different)} test prompts none has at most the {start.card.prompt_tokens} tokens that the "
+            "policies were tuned on. Raise align.prompt_tokens, or ingest.test_share."
+        )
+    return kept, left_out
+
+
+def _answer(policy: Policy, prompts: list[str], n: int, seed: int) -> list[list[Answer]]:
+    card = policy.card
+    return policy.generate(prompts, n, max_tokens=card.response_tokens, temperature=card.temperature, seed=seed)
+
+
+def _scored(scorer: Scorer, prompts: list[str], samples: list[list[Answer]]) -> dict[str, Array]:
+    """Scores [prompts, n] of samples by the global reward and by what each coterie is served."""
+    questions = [Question(p, [answer.text for answer in answers]) for p, answers in zip(prompts, samples, strict=True)]
+    scored = scorer.score_many(questions)
+    by_coterie = np.stack([one.by_coterie for one in scored])
+    named = {f"coterie-{k}": by_coterie[:, :, k] for k in range(by_coterie.shape[2])}
+    return {GLOBAL: np.stack([one.by_global for one in scored]), **named}
+
+
+def _pairings(coterie: int | None, tuned: list[str], n: int) -> list[tuple[str, str, list[str]]]:
+    """What the people of a coterie compare: a policy, what it is against, and the names of which that is the mean."""
+    own = _name(coterie)
+    pairings = [(name, START, [START]) for name in tuned if name != START]
+    if n > 1:
+        pairings.append((_best(own, n), START, [START]))
+    if own in tuned:
+        if n > 1:
+            pairings.append((own, _best(own, n), [_best(own, n)]))
+        if coterie is not None:
+            pairings.append((own, GLOBAL, [GLOBAL]))
+            others = [name for name in tuned if name not in (own, GLOBAL, START)]
+            pairings += [(own, WRONG, others)] if others else []
+    return pairings
+
+
+def _best(name: str, n: int) -> str:
+    return f"{name} best-of-{n}"
+
+
+def _name(coterie: int | None) -> str:
+    return GLOBAL if coterie is None else f"coterie-{coterie}"
+
+
+def _gates(wins: list[dict[str, Any]], coteries: int, policies: Collection[str]) -> list[PolicyGate]:
+    """The global policy serves if people surely prefer it to the start, a coterie's own if its people surely prefer it to what
+    would serve them otherwise, and to the global one in any case; by held-out judges, at equal length."""
+    rates = {
+        (win["coterie"], win["policy"], win["against"]): Estimate(**win["equal_length"])
+        for win in wins
+        if win["judge"] == "heldout"
+    }
+    better, reason = _surely(rates.get((None, GLOBAL, START)), START)
+    everybody = PolicyGate(coterie=None, serves="own" if better else "start", reason=reason)
+    otherwise: Literal["global", "start"] = "global" if better else "start"
+    gates = [everybody]
+    for k in range(coteries):
+        own = _name(k)
+        if own not in policies:
+            gates.append(PolicyGate(coterie=k, serves=otherwise, reason="no policy of its own was tuned"))
+            continue
+        tried = [_surely(rates.get((k, own, rival)), rival) for rival in dict.fromkeys((GLOBAL, otherwise))]
+        serves = "own" if all(better for better, _ in tried) else otherwise
+        gates.append(PolicyGate(coterie=k, serves=serves, reason="; ".join(reason for _, reason in tried)))
+    return gates
+
+
+def _surely(rate: Estimate | None, rival: str) -> tuple[bool, str]:
+    """Whether a win rate is surely above one half, and that in words."""
+    if rate is None or rate.low is None or rate.high is None:
+        return False, f"fewer than {FEWEST_WORKERS} people with held-out votes, or too few prompts, for an interval"
+    told = f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}] of the votes against the {rival} policy at equal length"
+    return rate.low > 0.5, told if rate.low > 0.5 else f"not surely preferred: {told}"
+
+
+def _worst(wins: list[dict[str, Any]], gates: list[PolicyGate]) -> dict[str, Any] | None:
+    """The coterie whose people prefer what serves them least to the start, by held-out judges and at equal length."""
+    found = []
+    for gate in gates:
+        policy = {"own": _name(gate.coterie), "global": GLOBAL, "start": START}[gate.serves]
+        wanted = ("heldout", gate.coterie, policy, START)
+        rates = [w["equal_length"] for w in wins if (w["judge"], w["coterie"], w["policy"], w["against"]) == wanted]
+        if policy == START:  # against itself
+            rates = [Estimate(value=0.5, low=0.5, high=0.5).model_dump()]
+        if gate.coterie is not None:
+            found += [{"coterie": gate.coterie, "policy": policy, **rate} for rate in rates]
+    return min(found, key=lambda worst: float(worst["value"]), default=None)
+
+
+def _mean(values: Array, level: float) -> dict[str, Any]:
+    """The mean over prompts [n], with the interval of Student's t."""
+    value, error = float(values.mean()), float(stats.sem(values)) if len(values) > 1 else float("nan")
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+    bounds = {} if np.isnan(half) else {"low": value - half, "high": value + half}
+    return Estimate(value=value, level=level, **bounds).model_dump()

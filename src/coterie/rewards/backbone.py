@@ -1,0 +1,136 @@
+"""The backbone of reward adapters: a response as text, as tokens, and the model that reads a score off its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.backbones import backbone_source, no_model, revision_of
+from coterie.contracts import batched
+from coterie.errors import BadConfiguration
+from coterie.progress import progress
+
+_CHARACTERS_A_TOKEN = 40  # more than any tokenizer packs into one: text before limit * this needs no tokenizing
+_TEXTS = 1024  # tokenized at a time
+
+
+def load_tokenizer(name: str, revision: str) -> Any:
+    """The tokenizer of a backbone, with a pad token.
+
+    transformers reads the score off the last token that is no pad token, so one that ends every text must not pad: some
+    other special token does where there is one.
+
+    Args:
+        name: as RewardSettings.backbone, or a folder.
+        revision: on the hub.
+
+    Raises:
+        BadConfiguration: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    where = backbone_source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **_on_hub(where, revision))
+    except Exception as error:  # of the hub or of the tokenizer: each library has its own
+        raise no_model(name, error) from error
+    tokenizer.padding_side = "right"
+    special = [id for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
+    end = _encoded(tokenizer, [conversation(tokenizer, "", "")])[0][-1:]
+    tokenizer.pad_token_id = next((id for id in candidates if id is not None and id not in end), tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is None:
+        raise BadConfiguration(
+            f"the backbone {name}: its tokenizer has no special token to pad with. Give one that does."
+        )
+    return tokenizer
+
+
+def load_model(name: str, revision: str, dtype: str, pad_token_id: int) -> tuple[Any, str]:
+    """A backbone with a reward head of one output, on the CPU, and its revision.
+
+    The head is kept in float32 whatever the dtype: adapters train a copy of it.
+
+    Raises:
+        BadConfiguration: it cannot be loaded, or its head is not the linear `score` of decoder-only models.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    where = backbone_source(name)
+    try:
+        with _quietly():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                where, num_labels=1, dtype=getattr(torch, dtype), **_on_hub(where, revision)
+            )
+    except Exception as error:  # of the hub or of the weights: each library has its own
+        raise no_model(name, error) from error
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise BadConfiguration(
+            f"the backbone {name}: a {type(model).__name__} has no linear head `score` that reads the last token. "
+            "Give a decoder-only language model."
+        )
+    model.score.float()
+    model.config.pad_token_id = pad_token_id
+    return model, revision_of(where, revision, model)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within, transformers draws no bar, and does not warn that the head is new, which it is."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _on_hub(where: str, revision: str) -> dict[str, str]:
+    return {} if Path(where).is_dir() else {"revision": revision}
+
+
+def conversation(tokenizer: Any, prompt: str, response: str) -> str:
+    """The text of a response: in the tokenizer's chat template, or `prompt`, a blank line, `response` and the end token."""
+    if not tokenizer.chat_template:
+        return f"{prompt}\n\n{response}{tokenizer.eos_token or ''}"
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def tokenized(
+    tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], max_tokens: int
+) -> tuple[list[NDArray[np.int32]], NDArray[np.bool_]]:
+    """Token ids of responses [n], and which have more than `max_tokens`: those lose their beginning."""
+    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    tokens: list[NDArray[np.int32]] = []
+    longer: list[bool] = []
+    with progress(total=len(prompts), desc="tokens", unit="responses") as bar:
+        for batch in batched(zip(prompts, responses, strict=True), _TEXTS):
+            texts = [conversation(tokenizer, prompt, response) for prompt, response in batch]
+            clipped = [text[-max_tokens * _CHARACTERS_A_TOKEN :] for text in texts]
+            for ids, full, text in zip(_encoded(tokenizer, clipped), texts, clipped, strict=True):
+                while len(ids) > 1 and ids[-1] == pad:  # behind the token that the score is read off
+                    ids.pop()
+                longer.append(len(ids) > max_tokens or len(full) > len(text))
+                if longer[-1]:
+                    ids = [*ids[:1], *ids[1 - max_tokens :]] if ids[0] == bos else ids[-max_tokens:]
+                tokens.append(np.array(ids or [pad], dtype=np.int32))
+            bar.update(len(batch))
+    return tokens, np.array(longer, dtype=bool)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    special = not tokenizer.chat_template  # a template writes them out
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
