@@ -104,6 +104,8 @@ def judge(
     policies: dsl.Input[List[dsl.Model]],  # noqa: UP006
     judged: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
+    page: dsl.Output[dsl.HTML],
+    title: str,
     prompts: int,
     best_of: int,
     length_tolerance: float,
@@ -112,6 +114,8 @@ def judge(
     seed: int,
 ):
     """Whose policy people prefer, and the gate of each."""
+    from pathlib import Path
+
     from components import artifacts
     from coterie import stages
     from coterie.config import JudgeSettings
@@ -122,8 +126,9 @@ def judge(
     )  # fmt: skip
     artifacts.run(
         stages.judge, out=judged, metrics=metrics, policies=[start, *policies], bundle=bundle, comparisons=comparisons,
-        embedded=embedded, clustered=clustered, settings=settings,
+        embedded=embedded, clustered=clustered, settings=settings, title=title,
     )  # fmt: skip
+    artifacts.show(page, (Path(judged.path) / "policies.html").read_text(encoding="utf-8"))
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)

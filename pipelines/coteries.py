@@ -244,6 +244,7 @@ def define(
             clustered=clustered.outputs["clustered"],
             start=started.outputs["policy"],
             policies=dsl.Collected(tuned.outputs["policy"]),
+            title=title,
             prompts=judge_prompts,
             best_of=judge_best_of,
             length_tolerance=judge_length_tolerance,

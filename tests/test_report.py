@@ -14,6 +14,7 @@ from coterie.contracts import ASSIGNMENT, COMPARISON, GLOBAL, TEST, Metrics
 from coterie.discovery.votes import load_votes
 from coterie.encoding.style import STYLE_NAMES, STYLE_WORDS
 from coterie.report import assemble_metrics, charts, report_markdown, verdict_line, words, write_report
+from coterie.report.drawing import look
 from coterie.report.pairs import telling_pairs
 from coterie.report.people import Direction, People, principal_directions
 from coterie.rewards import RewardHead
@@ -299,6 +300,47 @@ def test_data_quality_is_told(staged, tmp_path):
         assert told in read
 
 
+def test_how_reward_adapters_were_trained_is_told_where_there_are_some(staged, made, tmp_path):
+    assert "adapters" not in made[1]
+    folders = {**staged.rewards, "evaluate": staged.evaluate}
+    good = {name: (folder / "metrics.json").read_text() for name, folder in folders.items()}
+    trained = {
+        "global": {
+            "adapter_validation_log_loss": 0.61, "validation_log_loss": 0.62, "steps": 20, "over_long": 21,
+            "comparisons": 1200.0, "over_long_by_worker": {f"w{i:03}": i for i in range(1, 7)},
+            "curve": [[step, 0.7 - 0.01 * step] for step in range(1, 21)],
+        },
+        "coterie-0": {
+            "adapter_validation_log_loss": 0.51, "adapter_global_validation_log_loss": 0.57, "validation_log_loss": 0.52,
+            "steps": 10, "over_long": 0, "over_long_by_worker": {}, "curve": [[1, 0.6], [2, 0.5]],
+        },
+        "coterie-1": {
+            "adapter_global_validation_log_loss": 0.58, "validation_log_loss": 0.53, "steps": 0, "over_long": 0,
+            "over_long_by_worker": {}, "curve": [], "served_by": "the global adapter: there are 3 training comparisons",
+        },
+    }  # fmt: skip
+    evaluated = json.loads(good["evaluate"])
+    evaluated["heldout"]["seen"]["difference_to_linear"] = {
+        "accuracy": number(0.012, -0.003, 0.027), "log_loss": number(-0.011, -0.02, -0.002),
+    }  # fmt: skip
+    try:
+        for name, told in trained.items():
+            (folders[name] / "metrics.json").write_text(json.dumps(json.loads(good[name]) | told))
+        (staged.evaluate / "metrics.json").write_text(json.dumps(evaluated))
+        _, html = make(staged, tmp_path / "report.html")
+    finally:
+        for name, text in good.items():
+            (folders[name] / "metrics.json").write_text(text)
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert 'aria-label="Training of the reward adapters"' in html
+    assert "everybody 0.6100 – 0.6200 20 coterie 0 0.5100 0.5700 0.5200 10 coterie 1 – 0.5800 0.5300 0" in page.read
+    assert "It is served by the global adapter: there are 3 training comparisons." in page.read
+    assert "accuracy +1.2 [−0.3, +2.7] points, log-loss −0.011 [−0.020, −0.002]" in page.read
+    assert "21 of 1,200 training comparisons have a side with more tokens" in page.read
+    assert "Those who lost most: w006 (6), w005 (5), w004 (4), w003 (3), w002 (2)." in page.read
+
+
 def test_simulated_annotators_are_held_against_the_truth(staged, tmp_path):
     group = {f"w{i:03}": 0 for i in range(40)}
     for row in ASSIGNMENT.read(staged.cluster / "assignments.parquet").to_pylist():
@@ -506,10 +548,10 @@ def test_pictures_of_workers_mark_each_coterie_by_name_and_shape_as_well_as_colo
     # A circle, a diamond and a triangle, by the commands that draw them.
     assert {"MCCCCCCCCz", "MLLLz", "MLLz"} <= {re.sub(r"[^A-Za-z]", "", d) for d in re.findall(r' d="([^"]*)"', svg)}
     for name in (0, 3, 4):
-        assert charts.look(name)[0].lower() in svg.lower()
+        assert look(name)[0].lower() in svg.lower()
         assert re.search(rf">(coterie )?{name}</text>", svg)
-    assert len({charts.look(k)[1] for k in range(8)}) == 8
-    assert len({charts.look(k) for k in range(40)}) == 40
+    assert len({look(k)[1] for k in range(8)}) == 8
+    assert len({look(k) for k in range(40)}) == 40
 
 
 def test_surer_workers_are_filled_more():
@@ -524,7 +566,7 @@ def test_the_tree_joins_who_is_alike():
     """Coteries that lie apart are branches of their own: all but the topmost links have one coterie's colour."""
     svg = charts.dendrogram(people(workers=60), [0, 1, 2])
     drawn = [colour.lower() for colour in re.findall(r"fill: none; stroke: (#\w+); stroke-width: 0.8", svg)]
-    of_one = [drawn.count(charts.look(k)[0].lower()) for k in range(3)]
+    of_one = [drawn.count(look(k)[0].lower()) for k in range(3)]
     assert of_one == [19, 19, 19]
 
 

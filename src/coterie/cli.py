@@ -257,13 +257,21 @@ def align(bundle: Path, comparisons: Path, coterie: int | None, out: Path, **val
 @click.option("--embedded", type=PathOption, required=True, help="folder of embed")
 @click.option("--clustered", type=PathOption, required=True, help="folder of cluster")
 @click.option("--out", type=PathOption, required=True)
+@click.option("--title", default="coterie", show_default=True, help="of policies.html")
 @settings_options(config.JudgeSettings)
 def judge(
-    bundle: Path, policies: Path, comparisons: Path, embedded: Path, clustered: Path, out: Path, **values: Any
+    bundle: Path,
+    policies: Path,
+    comparisons: Path,
+    embedded: Path,
+    clustered: Path,
+    out: Path,
+    title: str,
+    **values: Any,
 ) -> None:
     """Whose policy people prefer: own against start, global and wrong, by rewards that no policy was tuned on."""
     settings = read_settings(config.JudgeSettings, values)
-    _echo(stages.judge(_made_in(policies), bundle, comparisons, embedded, clustered, out, settings))
+    _echo(stages.judge(_made_in(policies), bundle, comparisons, embedded, clustered, out, settings, title))
 
 
 @main.command()

@@ -24,7 +24,7 @@ from coterie.config import (
     Settings,
 )
 from coterie.errors import BadConfiguration, BadData
-from coterie.staging import STAGE_FILE, Work, record_of, stage, versions
+from coterie.staging import STAGE_FILE, Work, read_metrics, record_of, stage, versions
 
 COMPARISONS, QUARANTINE, VECTORS = "comparisons.parquet", "quarantine.parquet", "vectors.parquet"
 DIFFERENCES, EMBEDDINGS, ASSIGNMENTS = "differences.parquet", "embeddings.parquet", "assignments.parquet"
@@ -224,17 +224,22 @@ def judge(
     clustered: Path,
     out: Path,
     settings: JudgeSettings,
+    title: str = "coterie",
 ) -> dict[str, Any]:
-    """Whose policy people prefer, by rewards that no policy was tuned on, and the gate of each."""
+    """Whose policy people prefer, by rewards that no policy was tuned on, and the gate of each; policies.html shows it."""
     from coterie.policies.judging import judge
+    from coterie.report.policies import write_policies_page
 
     named = _named(policies, "policies", "coterie align")
     inputs = {"bundle": bundle, "embedded": embedded, "clustered": clustered, **_texts(comparisons)}
 
-    def work(_: Path) -> dict[str, Any]:
-        return judge(named, bundle, inputs["comparisons"], embedded, clustered, settings)
+    def work(folder: Path) -> dict[str, Any]:
+        judged = judge(named, bundle, inputs["comparisons"], embedded, clustered, settings)
+        tuned = {name: read_metrics(path) for name, path in named.items()}
+        write_policies_page(judged, tuned, folder / "policies.html", title)
+        return judged
 
-    return stage("judge", settings, inputs | named, out, work)
+    return stage("judge", settings, inputs | named, out, work, lambda: {"title": title})
 
 
 def release(bundle: Path, policies: Sequence[Path], judged: Path, out: Path) -> dict[str, Any]:

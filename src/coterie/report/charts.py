@@ -1,60 +1,29 @@
-"""The report's charts: inline SVG by matplotlib, the same bytes for the same numbers, readable without colour."""
+"""The charts of the reports, readable without colour."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
+from scipy.ndimage import uniform_filter1d
 from scipy.stats import binomtest
 
+from coterie.report.drawing import COLOURS, FAINT, INK, inline_svg, look
 from coterie.report.people import Direction, People, sample
 from coterie.report.words import MEMBERS, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
 
-# Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same again.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900", "#3A9BC1", "#555555", "#7A5230")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_INK, _FAINT, _RULE = "#1d2429", "#5d686f", "#d9dee1"
-_WIDTH = 5.0  # inches; the page scales it: 10 points are 10 pixels on a phone and 14 in Kubeflow's frame
 _MOST_POINTS = 1000
 _MOST_LEAVES, _FEWEST_LEAVES = 300, 3
+_DASHES = ("--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _BEYOND = 6.0  # times the range of what is worth looking at: a candidate worse than that is drawn at the border
-
-_STYLE = {
-    "svg.hashsalt": "coterie",
-    "svg.fonttype": "none",  # text stays text: it takes the page's font, can be found and read aloud
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.labelcolor": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-def look(coterie: int) -> tuple[str, str]:
-    """Colour and marker of a coterie; more than eight repeat colours with other markers."""
-    return COLOURS[coterie % len(COLOURS)], MARKERS[(coterie + coterie // len(COLOURS)) % len(MARKERS)]
 
 
 def worker_map(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
@@ -107,14 +76,14 @@ def worker_map(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
         ax.tick_params(labelbottom=False, labelleft=flat)
         ax.set_xlabel(_named(first, f"first direction of taste ({first.share:.0%} of the differences)"))
         if flat:
-            ax.set_yticks(range(coteries), [f"coterie {name}" for name in ids], color=_INK)
+            ax.set_yticks(range(coteries), [f"coterie {name}" for name in ids], color=INK)
             ax.set_ylim(coteries - 0.5, -0.5)
             ax.tick_params(labelleft=coteries > 1)
         else:
             ax.set_ylabel(_named(second, f"second direction ({second.share:.0%})"))
             ax.set_aspect("equal", adjustable="datalim")
 
-    return _svg("map", "Map of the annotators by taste", 1.1 + 0.8 * coteries if flat else 4.2, draw)
+    return inline_svg("map", "Map of the annotators by taste", 1.1 + 0.8 * coteries if flat else 4.2, draw)
 
 
 def _named(direction: Direction, told: str) -> str:
@@ -144,7 +113,7 @@ def dendrogram(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
         owner.append(owner[one] if owner[one] == owner[other] else -1)
 
     def colour_of(branch: int) -> str:
-        return _FAINT if owner[branch] < 0 or len(ids) == 1 else look(ids[owner[branch]])[0]
+        return FAINT if owner[branch] < 0 or len(ids) == 1 else look(ids[owner[branch]])[0]
 
     tree = hierarchy.dendrogram(linkage, no_plot=True, link_color_func=colour_of)
     coterie = people.coterie[shown][tree["leaves"]]
@@ -162,13 +131,13 @@ def dendrogram(people: People, ids: Sequence[int], seed: int = 0) -> str | None:
                 color=colour, linewidths=0,
             )  # fmt: skip
         rows = -step * np.arange(1, len(ids) + 1)
-        ax.set_yticks(rows, [f"coterie {name}" if len(ids) > 1 else "" for name in ids], color=_INK)
+        ax.set_yticks(rows, [f"coterie {name}" if len(ids) > 1 else "" for name in ids], color=INK)
         ax.set_xticks([])
         ax.set(xlim=(0, 10 * len(coterie)), ylim=(-step * (len(ids) + 0.6), 1.03 * top))
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
 
-    return _svg("dendrogram", "Tree of the annotators by likeness of taste", 2.7 + 0.22 * len(ids), draw)
+    return inline_svg("dendrogram", "Tree of the annotators by likeness of taste", 2.7 + 0.22 * len(ids), draw)
 
 
 def gains(estimates: Sequence[Mapping[str, Any]]) -> str:
@@ -179,7 +148,7 @@ def gains(estimates: Sequence[Mapping[str, Any]]) -> str:
     """
 
     def draw(ax: Axes) -> None:
-        ax.axvline(0, color=_INK, linewidth=0.8)
+        ax.axvline(0, color=INK, linewidth=0.8)
         for row, coterie in enumerate(estimates):
             colour, marker = look(coterie["id"])
             for shift, key, filled in ((-0.14, "own_vs_global", True), (0.14, "own_vs_wrong", False)):
@@ -193,16 +162,16 @@ def gains(estimates: Sequence[Mapping[str, Any]]) -> str:
                     100 * estimate["value"], row + shift, marker=marker, markersize=7, color=colour, markeredgewidth=1.4,
                     markerfacecolor=colour if filled else "white", linestyle="none",
                 )  # fmt: skip
-        ax.plot([], [], marker="o", color=_FAINT, linestyle="none", label="own − global")
-        ax.plot([], [], marker="o", color=_FAINT, markerfacecolor="white", linestyle="none", label="own − wrong")
-        ax.set_yticks(range(len(estimates)), [f"coterie {c['id']}" for c in estimates], color=_INK)
+        ax.plot([], [], marker="o", color=FAINT, linestyle="none", label="own − global")
+        ax.plot([], [], marker="o", color=FAINT, markerfacecolor="white", linestyle="none", label="own − wrong")
+        ax.set_yticks(range(len(estimates)), [f"coterie {c['id']}" for c in estimates], color=INK)
         ax.set_ylim(len(estimates) - 0.5, -0.5)
         ax.set_xlabel("more choices predicted, percentage points")
         ax.grid(True, axis="x")
         ax.spines["left"].set_visible(False)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.2)
 
-    return _svg("gains", "Own against global and wrong rewards", 1.0 + 0.55 * len(estimates), draw)
+    return inline_svg("gains", "Own against global and wrong rewards", 1.0 + 0.55 * len(estimates), draw)
 
 
 def selection(candidates: Sequence[Mapping[str, Any]]) -> str | None:
@@ -232,7 +201,7 @@ def selection(candidates: Sequence[Mapping[str, Any]]) -> str | None:
         if best["standard_error"] > 0:
             low = 1000 * (best["gain"] - best["standard_error"])
             ax.axhspan(low, 1000 * best["gain"], color="#e6ecef", label="one standard error from the best")
-        ax.axhline(0, color=_INK, linewidth=0.8)
+        ax.axhline(0, color=INK, linewidth=0.8)
         for member in members:
             tried = sorted((c for c in candidates if c["member"] == member), key=lambda c: c["size"])
             colour, marker = look(list(MEMBERS).index(member))
@@ -247,9 +216,9 @@ def selection(candidates: Sequence[Mapping[str, Any]]) -> str | None:
         for c in candidates:
             if at(c)[1] <= floor:
                 told = f"↓ {signed(1000 * c['gain'], 0)}"
-                ax.annotate(told, at(c), xytext=(5, 3), textcoords="offset points", color=_FAINT)
+                ax.annotate(told, at(c), xytext=(5, 3), textcoords="offset points", color=FAINT)
             if c["chosen"]:
-                ring: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _INK, "linestyle": "none"}
+                ring: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": INK, "linestyle": "none"}
                 ax.plot(*at(c), markersize=15, **ring)
                 ax.plot([], [], markersize=9, label="chosen", **ring)
         lowest = min(1000 * (c["gain"] - c["standard_error"]) for c in candidates)
@@ -260,7 +229,7 @@ def selection(candidates: Sequence[Mapping[str, Any]]) -> str | None:
         ax.grid(True, axis="y")
         ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, columnspacing=1.2)
 
-    return _svg("selection", "Held-out gain over the number of groups", 4.0, draw)
+    return inline_svg("selection", "Held-out gain over the number of groups", 4.0, draw)
 
 
 def newcomers(shots: Mapping[int, Mapping[str, Any]], seen: float | None) -> str | None:
@@ -279,7 +248,7 @@ def newcomers(shots: Mapping[int, Mapping[str, Any]], seen: float | None) -> str
         return None
 
     def draw(ax: Axes) -> None:
-        ax.axhline(0, color=_INK, linewidth=0.8)
+        ax.axhline(0, color=INK, linewidth=0.8)
         y = np.array([100 * e["value"] for e in gain.values()])
         low, high = (
             np.array([100 * (e["value"] if e[end] is None else e[end]) for e in gain.values()])
@@ -288,16 +257,16 @@ def newcomers(shots: Mapping[int, Mapping[str, Any]], seen: float | None) -> str
         x, colour = np.arange(len(gain)), COLOURS[0]
         ax.errorbar(x, y, yerr=[y - low, high - y], marker="o", color=colour, markersize=6, linewidth=1.4, capsize=3)
         if seen is not None:
-            ax.axhline(100 * seen, color=_FAINT, linewidth=1, linestyle="--")
+            ax.axhline(100 * seen, color=FAINT, linewidth=1, linestyle="--")
             ax.annotate(
-                "those it was learned from", (0, 100 * seen), xytext=(0, 3), textcoords="offset points", color=_FAINT
+                "those it was learned from", (0, 100 * seen), xytext=(0, 3), textcoords="offset points", color=FAINT
             )
         ax.set_xticks(x, [str(k) for k in gain])
         ax.set_xlabel("own comparisons of a new annotator")
         ax.set_ylabel("points more than one reward")
         ax.grid(True, axis="y")
 
-    return _svg("newcomers", "What new annotators gain after some comparisons", 2.9, draw)
+    return inline_svg("newcomers", "What new annotators gain after some comparisons", 2.9, draw)
 
 
 def calibration(curve: Sequence[Mapping[str, float]], level: float) -> str | None:
@@ -323,7 +292,7 @@ def calibration(curve: Sequence[Mapping[str, float]], level: float) -> str | Non
         ]
         low, high = (np.array([100 * getattr(interval, end) for interval in chance]) for end in ("low", "high"))
         ends = [50, max(float(x.max()), float(high.max())) + 1]
-        ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle="--", label="as sure as right")
+        ax.plot(ends, ends, color=INK, linewidth=0.8, linestyle="--", label="as sure as right")
         ax.errorbar(
             x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", color=COLOURS[0], markersize=6,
             linewidth=1.2, capsize=3,
@@ -333,46 +302,86 @@ def calibration(curve: Sequence[Mapping[str, float]], level: float) -> str | Non
         ax.grid(True)
         ax.legend(loc="lower right")
 
-    return _svg("calibration", "How often predictions are right, over how sure they are", 3.2, draw)
+    return inline_svg("calibration", "How often predictions are right, over how sure they are", 3.2, draw)
 
 
-def glyph(coterie: int) -> str:
-    """A coterie's marker alone, to stand in a line of text, as often as need be: it has no ids."""
+def training(
+    name: str, label: str, unit: str, curves: Sequence[tuple[int | None, Sequence[tuple[float, float]]]]
+) -> str | None:
+    """Something that training moves, over its steps: the running mean over a tenth of them, the values themselves faint.
+
+    Args:
+        name, label: of the chart.
+        unit: what is drawn.
+        curves: (step, value) points of each coterie, or of everybody (None).
+
+    Returns:
+        None where no curve has two points.
+    """
+    curves = [(coterie, points) for coterie, points in curves if len(points) > 1]
+    if not curves:
+        return None
 
     def draw(ax: Axes) -> None:
-        from matplotlib.markers import MarkerStyle
-        from matplotlib.patches import PathPatch
+        for coterie, points in curves:
+            x, y = np.array(points, dtype=np.float64).T
+            colour, marker = look(coterie)
+            dashes = "-" if coterie is None else _DASHES[coterie % len(_DASHES)]
+            window = max(len(y) // 10, 1)
+            if window > 1:
+                ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
+            ax.plot(
+                x, uniform_filter1d(y, window, mode="nearest"), color=colour, linestyle=dashes, linewidth=1.6, marker=marker,
+                markersize=7, markevery=max(len(y) // 6, 1), label="global" if coterie is None else f"coterie {coterie}",
+            )  # fmt: skip
+        ax.set_xlabel("updates")
+        ax.set_ylabel(unit)
+        ax.grid(True)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handlelength=3.2)
 
-        colour, name = look(coterie)
-        marker = MarkerStyle(name)
-        shape = marker.get_path().transformed(marker.get_transform())
-        ax.add_patch(PathPatch(shape, color=colour, linewidth=0, clip_on=False))
-        ax.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7))
-        ax.set_axis_off()
-
-    svg = _svg("glyph", f"marker of coterie {coterie}", 0.2, draw, width=0.2, style="glyph")
-    return re.sub(r'\s+id="[^"]*"', "", svg)
+    return inline_svg(name, label, 2.9 + 0.2 * ((len(curves) - 1) // 3), draw)
 
 
-def _svg(name: str, label: str, height: float, draw: Any, width: float = _WIDTH, style: str = "chart") -> str:
-    """Draw on one axes and return an <svg> element without anything that points outside the page."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+def win_rates(wins: Mapping[int | None, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> str:
+    """Shares of votes at equal length, by held-out judges (filled) and by the simulated truth (hollow), with intervals.
 
-    with mpl.rc_context(_STYLE):
-        figure: Figure = Figure(figsize=(width, height), layout=None if style == "glyph" else "constrained")
-        ax = figure.add_axes((0, 0, 1, 1)) if style == "glyph" else figure.subplots()
-        draw(ax)
-        buffer = io.StringIO()
-        nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
-    # Ids are the figure's own; several figures share one page.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'<svg\b([^>]*?)\s+width="[^"]*"', r"<svg\1", svg, count=1)
-    svg = re.sub(r'<svg\b([^>]*?)\s+height="[^"]*"', r"<svg\1", svg, count=1)
-    return svg.replace("<svg", f'<svg class="{style}" role="img" aria-label="{label}"', 1).strip()
+    Args:
+        wins: by whose people judge (None: everybody), what they compare, and judge; as of policies.judging.win_rates.
+    """
+    truth = any("truth" in judges for rows in wins.values() for judges in rows.values())
+    labels: list[str] = []
+    headings = []
+
+    def draw(ax: Axes) -> None:
+        ax.axvline(50, color=INK, linewidth=0.8)
+        for coterie, rows in wins.items():
+            colour, marker = look(coterie)
+            headings.append(len(labels))
+            labels.append("everybody" if coterie is None else f"coterie {coterie}")
+            for label, judges in rows.items():
+                for judge, win in judges.items():
+                    estimate, row = win["equal_length"], len(labels) + (0.15 if judge == "truth" else -0.15 * truth)
+                    if estimate["value"] is None:
+                        continue
+                    if estimate["low"] is not None:
+                        ends = [100 * estimate["low"], 100 * estimate["high"]]
+                        ax.plot(ends, [row] * 2, color=colour, linewidth=1.4, solid_capstyle="round")
+                    ax.plot(
+                        100 * estimate["value"], row, marker=marker, markersize=7, color=colour, markeredgewidth=1.2,
+                        markerfacecolor="white" if judge == "truth" else colour, linestyle="none",
+                    )  # fmt: skip
+                labels.append(label)
+        ax.set_yticks(range(len(labels)), labels, color=INK)
+        for row in headings:
+            ax.get_yticklabels()[row].set_fontweight("bold")
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.set_xlabel("share of the votes at equal length, %")
+        ax.grid(True, axis="x")
+        ax.spines["left"].set_visible(False)
+        if truth:
+            ax.plot([], [], marker="o", color=FAINT, linestyle="none", label="held-out judges")
+            ax.plot([], [], marker="o", color=FAINT, markerfacecolor="white", linestyle="none", label="simulated truth")
+            ax.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=2, handletextpad=0.2)
+
+    rows = len(wins) + sum(map(len, wins.values()))
+    return inline_svg("wins", "Win rates of the policies", 0.9 + 0.22 * rows, draw)

@@ -12,12 +12,14 @@ from markupsafe import Markup
 
 from coterie.contracts import GLOBAL, write_text
 from coterie.report import charts, words
+from coterie.report.drawing import glyph
 from coterie.report.metrics import read
 from coterie.report.pairs import telling_pairs
 from coterie.report.people import People
 
 _TINT = 0.10  # difference in accuracy at which a cell of the matrix has its full colour
 _FEATURES = 5  # of a coterie's style features that are shown
+_LOSERS = 5  # workers who lost most comparisons, that are named
 _TRIFLE = 0.005  # a weight that would be shown as zero
 _FILTERS = ("number", "share", "signed", "points", "nats", "duration", "size", "sure", "tried")
 
@@ -41,6 +43,7 @@ def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Pa
     ids, several = [coterie["id"] for coterie in coteries], len(coteries) > 1
     gain = heldout["seen"]["difference_to_pooled"]["accuracy"]["value"]
     differ = selection["verdict"] != "one-taste"  # of chance, a tree looks like groups
+    adapters = _adapters(stages, evaluated["matrix"]["models"], ids)
     drawn = {
         "map": charts.worker_map(people, ids),
         "dendrogram": charts.dendrogram(people, ids) if differ else None,
@@ -48,6 +51,12 @@ def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Pa
         "selection": charts.selection(candidates),
         "newcomers": charts.newcomers(shots, gain) if selection.get("ships") != "one-reward" else None,
         "calibration": charts.calibration(evaluated.get("calibration_curve", []), evaluated["level"]),
+        "adapters": charts.training(
+            "adapters",
+            "Training of the reward adapters",
+            "log-loss, nats a comparison",
+            [(told["coterie"], told["curve"]) for told in adapters],
+        ),
     }
     context = {
         "title": title,
@@ -65,15 +74,22 @@ def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Pa
         "gates": {gate["coterie"]: gate for gate in evaluated["gates"]},
         "several": several,
         "differ": differ,
-        "glyphs": [Markup(charts.glyph(name)) for name in ids],
+        "glyphs": [Markup(glyph(name)) for name in ids],
         "directions": len(people.directions),
         "styles": _styles(coteries),
         "models": _models(evaluated["matrix"]["models"], ids),
         "table": _own_global_wrong(evaluated["matrix"]) if several else [],
+        "adapters": adapters,
+        "losers": _most_over_long(adapters),
         "pairs": telling_pairs(stages, people.posterior.mean(axis=0)) if several else None,
         # Our own charts: nothing of the data is markup in them.
         "charts": {name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
     }
+    write_page("report.html.j2", context, out)
+
+
+def write_page(template: str, context: Mapping[str, Any], out: Path) -> None:
+    """Write a page of ours to the file `out`. What is not Markup in `context` is text, and shown as it is."""
     environment = Environment(
         loader=PackageLoader("coterie.report"),
         autoescape=True,
@@ -83,7 +99,7 @@ def write_report(stages: Mapping[str, Path], metrics: Mapping[str, Any], out: Pa
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(words, name) for name in _FILTERS}
-    write_text(out, environment.get_template("report.html.j2").render(context))
+    write_text(out, environment.get_template(template).render(context))
 
 
 def _unbroken(shown: Any) -> Any:
@@ -128,6 +144,18 @@ def _own_global_wrong(matrix: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
             )
         rows.append(row)
     return rows
+
+
+def _adapters(stages: Mapping[str, Path], models: Sequence[str], ids: Sequence[int]) -> list[dict[str, Any]]:
+    """What the reward stages said of their adapters, the global one first; nothing where rewards are linear heads."""
+    told = [{"coterie": name, **read(stages[model])} for model, name in zip(models, [None, *ids], strict=True)]
+    return [figures for figures in told if "curve" in figures]
+
+
+def _most_over_long(adapters: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """The workers who lost most comparisons because a side was too long, and how many."""
+    lost = adapters[0]["over_long_by_worker"] if adapters else {}  # a coterie's are among everybody's
+    return sorted(lost.items(), key=lambda item: (-item[1], item[0]))[:_LOSERS]
 
 
 def _styles(coteries: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -69,7 +69,7 @@ def telling_pairs(stages: Mapping[str, Path], shares: Array) -> TellingPairs:
 
     def pair(row: int, leaning: int | None = None) -> Pair:
         text, prefers = texts[table["comparison_id"][row].as_py()], p[row]
-        prompt, a, b = (_excerpt(text[name]) for name in ("prompt", "chosen", "rejected"))
+        prompt, a, b = (excerpt(text[name]) for name in ("prompt", "chosen", "rejected"))
         if leaning is not None and _lead(p[row : row + 1], leaning)[0] < 0:
             a, b, prefers = b, a, 1 - prefers
         return Pair(prompt, a, b, prefers.tolist())
@@ -107,6 +107,7 @@ def _texts(comparisons: Path, ids: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
+    """The beginning of a text, as much of it as a page shows."""
     text = text.strip()
     return text if len(text) <= _EXCERPT else text[:_EXCERPT].rsplit(None, 1)[0] + " …"

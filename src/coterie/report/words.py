@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import expm1
 from typing import Any
 
@@ -224,6 +224,74 @@ def tried(candidate: Mapping[str, Any]) -> str:
     """What a contracts.Candidate says about people."""
     count = candidate["size"]
     return MEMBERS[candidate["member"]][1].format(number(count), s="" if count == 1 else "s")
+
+
+# ------------------------------------------------------------------------------------------------------------- policies
+def policies_line(gates: Sequence[Mapping[str, Any]], level: float) -> str:
+    """Whose policy answers whom and how sure that is, in one sentence; gates are contracts.PolicyGate as dicts."""
+    serves = {gate["coterie"]: gate["serves"] for gate in gates}
+    own = [str(k) for k, served in serves.items() if k is not None and served == "own"]
+    coteries, sure = len(serves) - 1, f"({share(level, 0)} sure{' of each' if len(own) > 1 else ''})"
+    if own:
+        who = "Each coterie" if 1 < len(own) == coteries else f"Coterie {own[0]}"
+        answered = "is answered by a policy of its own, which its people prefer"
+        if 1 < len(own) < coteries:
+            who = f"Coteries {', '.join(own[:-1])} and {own[-1]}"
+            answered = "are answered by policies of their own, which their people prefer"
+        others = "strangers" if len(own) == coteries else "everybody else"
+        common = "the global one" if serves[None] == "own" else "the one that tuning started from"
+        return f"{who} {answered} to the global one {sure}; {others} by {common}."
+    if serves[None] == "own":
+        others = "; no coterie has earned one of its own" if coteries else ""
+        return f"Everybody is answered by the global policy, which people prefer to the start of its tuning {sure}{others}."
+    told = f"No tuned policy has proved itself at {share(level, 0)} certainty"
+    return f"{told}: everybody is answered by the one that tuning started from."
+
+
+def policies_evidence(
+    judged: Mapping[str, Any], wins: Mapping[int | None, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+) -> list[str]:
+    """What else the judges say: the simulated truth, the best of n, who gains least; a sentence each.
+
+    Args:
+        judged: what policies.judging.judge returns.
+        wins: its win rates by whose people compare, what they compare ("own v. start") and judge.
+    """
+    told = [
+        f"All policies answered the same {number(judged['prompts'])} test prompts. Which answers people prefer, if both are "
+        "equally long, is said by rewards of held-out votes, which no policy was tuned on."
+    ]
+    truth = [
+        f"{label.replace(' v. ', ' against ')} {rate(by['truth']['equal_length'])}"
+        for label, by in wins[None].items()
+        if "truth" in by and "best of" not in label
+    ]
+    if truth:
+        told.append(f"The simulated annotators’ true tastes say: {', '.join(truth)}.")
+    against = [
+        (label.partition(" v. ")[2], k, by["heldout"]["equal_length"])
+        for k, rows in wins.items()
+        for label, by in rows.items()
+        if "v. best of" in label and "heldout" in by
+    ]
+    if against:
+        votes = [f"{rate(win)} {'of everybody’s votes' if k is None else f'in coterie {k}'}" for _, k, win in against]
+        told.append(
+            f"The same reward can also choose the {against[0][0]} answers of the start, without any tuning. Against that "
+            f"choice the tuned policies get {', '.join(votes)}."
+        )
+    worst = judged["worst"]
+    if worst and worst["coterie"] in wins:
+        policy = "their own policy" if worst["policy"].startswith("coterie-") else f"the {worst['policy']} policy"
+        gain = "" if worst["policy"] == "start" else f", which gets {rate(worst)} of their votes against the start"
+        told.append(f"Coterie {worst['coterie']} gains least: its people are answered by {policy}{gain}.")
+    return told
+
+
+def rate(estimate: Mapping[str, Any]) -> str:
+    """A share with its interval: 58.3 % [54.1, 62.2]."""
+    ends = "" if estimate["low"] is None else f" [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+    return share(estimate["value"]) + ends
 
 
 # -------------------------------------------------------------------------------------------------------------- summary
