@@ -67,7 +67,9 @@ class _Watched(io.TextIOBase):
     """Takes what Kubeflow's local runner prints into a log, and shows a person the stages and their progress bars."""
 
     # The first group: what a stage says of itself. The second: a progress bar's redrawn line.
-    _TOLD = re.compile(r"^\s*((?:rewards/)?[a-z0-9-]+: (?:started|up to date|done|warning).*)$|^\s*(.*\d+%\|.*)$")
+    _TOLD = re.compile(
+        r"^\s*((?:rewards/|policies/)?[a-z0-9-]+: (?:started|up to date|done|warning).*)$|^\s*(.*\d+%\|.*)$"
+    )
 
     def __init__(self, log: TextIO, screen: TextIO) -> None:
         self.log, self.screen, self.line = log, screen, ""

@@ -79,7 +79,7 @@ class Assessment(BaseModel):
     sizes: list[int]  # workers of each coterie
     accuracy: Estimate | None  # held-out gain of the best taste member, a fraction
     worthwhile: float  # nats a comparison
-    power: Power | None  # None: fewer than ten workers, or nothing could be held out
+    power: Power | None  # None: fewer than ten workers who prefer anything, or nothing could be held out
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,13 @@ def assess(
             heldout = HeldOut(sample, clustered["held_out"]["splits"], seed)
             best = max(tastes, key=lambda candidate: candidate.gain)
             votes, nats, right, weights = heldout_gains(heldout, best)
-        if votes.present.sum() >= FEWEST_WORKERS:
+        decided = votes.y != 0.5  # ties say nothing of tastes, however many they are
+        if votes.subset(decided).present.sum() >= FEWEST_WORKERS:
             collected = ingested["comparisons"] / ingested["workers"]
             found = selection.verdict != "one-taste"
             power = power_of(Contrast.of(votes, nats, weights), best, collected, found, worthwhile)
             made = TwoWayBootstrap(votes, _RESAMPLES, _INTERVAL, seed)
-            accuracy = made.estimate(right, votes.y != 0.5, votes.present)
+            accuracy = made.estimate(right, decided, votes.present)
     return conclude(ingested, clustered, power, accuracy, worthwhile)
 
 
@@ -303,8 +304,8 @@ def _recommendation(assessment: Assessment) -> str:
     if power is None:
         return (
             f"Collect more before deciding anything. To say whether tastes differ takes at least {FEWEST_WORKERS} workers "
-            f"who compared responses to several prompts; here are {workers} workers and "
-            f"{number(assessment.data['comparisons'])} comparisons."
+            f"who preferred one response to another on several prompts; here are {workers} worker"
+            f"{'' if workers == '1' else 's'} and {number(assessment.data['comparisons'])} comparisons."
         )
     if selection.verdict == "one-taste":
         smallest = (

@@ -143,7 +143,9 @@ class LowRankReward(EmbeddingReward):
         hessian[np.diag_indices_from(hessian)] += max(self.precision, self.basis_precision) / n
         root = cholesky(hessian, lower=True)
         if basis is None:
-            _, directions, spread = taste_directions(votes.loaded(), theta, r, _START_PRECISION)
+            # Seen from the reward of equally reliable people: with reliabilities, who wants the opposite passes for careless.
+            common = PooledReward(self.precision, 10 * self.tol).fit(votes).theta_
+            _, directions, spread = taste_directions(votes.loaded(), common, r, _START_PRECISION)
             basis = directions * np.maximum(spread, _START_LENGTH)
         workers, variance = _Workers.prior(votes.n_workers, r), self.reliability_variance_
         self._settle(votes, theta, basis, workers, _START_PASSES)

@@ -25,6 +25,7 @@ from coterie.discovery.votes import Array, Votes, VoteSet, random_workers
 from coterie.progress import progress
 
 POOLED_PRECISIONS = (1.0, 10.0, 100.0)
+_WEAKEST_PRECISION = 1e-3  # that is tried where each weaker one of these is noticeably better
 RELIABILITY_VARIANCES = (0.003, 0.03, 0.25, 1.0)
 COTERIE_PRECISIONS = (30.0, 100.0, 300.0)
 BASIS_PRECISIONS = (30.0, 300.0, 3000.0)
@@ -33,6 +34,7 @@ _HELD_OUT = 0.25  # of the prompts, in each split
 _FEWEST_PROMPTS = 5  # with fewer, pairs are held out
 _MOST = 150_000  # comparisons that candidates are compared on: more change no choice and cost minutes
 _FEWEST_SAMPLED = 300  # workers, however many comparisons each has
+_MOST_SAMPLED = 20_000  # workers, however few comparisons each has: a fit takes time for every worker too
 _MOST_SLOPES, _FEWEST_FOR_SLOPES = (
     256,
     5,
@@ -56,10 +58,12 @@ def split_groups(votes: Votes) -> tuple[Array, str]:
 
 
 def sample_of(votes: VoteSet, seed: int) -> Votes:
-    """What choices are made on: all votes, or where they are very many those of workers drawn at random, in memory."""
-    if len(votes) <= _MOST:
+    """What choices are made on: all votes, or where they or the workers are very many those of workers drawn at random, in
+    memory."""
+    most = min(_MOST, len(votes) * _MOST_SAMPLED // max(int(votes.present.sum()), 1))
+    if len(votes) <= most:
         return votes.loaded()
-    return votes.of_workers(random_workers(votes, _MOST, _FEWEST_SAMPLED, seed))
+    return votes.of_workers(random_workers(votes, most, _FEWEST_SAMPLED, seed))
 
 
 class HeldOut:
@@ -99,11 +103,21 @@ class HeldOut:
         self.bases: list[ReliabilityReward] = []
         if not self.splits:
             return
-        grid = {p: self._bases(p, self.reliability_variance) for p in POOLED_PRECISIONS}
-        self.precision = min(grid, key=lambda p: float(np.nanmean(self.losses(grid[p]))))
+        loss = {p: self._loss(p) for p in POOLED_PRECISIONS}
+        self.precision = min(loss, key=lambda p: loss[p])
+        # Where a reward separates the votes, only the prior bounds it; other members would seem better for being freer.
+        while self.precision == min(loss) > _WEAKEST_PRECISION:
+            weaker = self.precision / 10
+            loss[weaker] = self._loss(weaker)
+            if loss[self.precision] - loss[weaker] < _NOTICEABLE:
+                break
+            self.precision = weaker
         tried = {v: self._bases(self.precision, v) for v in RELIABILITY_VARIANCES}
         self.reliability_variance = min(tried, key=lambda v: float(np.nanmean(self.losses(tried[v]))))
         self.bases = tried[self.reliability_variance]
+
+    def _loss(self, precision: float) -> float:
+        return float(np.nanmean(self.losses(self._bases(precision, self.reliability_variance))))
 
     def _bases(self, precision: float, variance: float) -> list[ReliabilityReward]:
         return [ReliabilityReward(precision, variance).fit(train) for train, _ in self.splits]

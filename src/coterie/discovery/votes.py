@@ -322,7 +322,10 @@ class VoteFile(VoteSet):
                 worker = described.column(at["worker"]).statistics
                 self._groups.append((group, worker.min, worker.max + 1))
         if not self._groups:
-            raise BadData(f"{path}: no comparison in split {split}; ingest more prompts or change the shares")
+            raise BadData(
+                f"{path}: no comparison in split {split}. Whole prompts are held out: ingest three prompts or more, larger "
+                "shares of them (ingest.validation_share, ingest.test_share), or without splits of the source's own"
+            )
 
     @staticmethod
     def splits(path: Path) -> list[str]:

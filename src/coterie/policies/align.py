@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def align(
     """Tune a policy against a coterie's reward, or the global one, and write it to the folder `out`.
 
     Only prompts of the training split are asked. The policy stays within `settings.kl_limit` of the start: when the
-    answers of an update show it further away, training ends with the last policy that was not.
+    answers of two updates in a row show it further away, training ends with the last policy that was not.
 
     Args:
         bundle: whose rewards.
@@ -152,6 +153,7 @@ def _trainer(
 ) -> tuple[Any, Any]:
     """The trainer of the method, and the PeftModel that it trains."""
     if settings.method == "ppo":
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         from coterie.policies.ppo import ppo_trainer
 
         trainer = ppo_trainer(policy.model, policy.tokenizer, prompts, watch, settings, folder)

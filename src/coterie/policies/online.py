@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ def online_trainer(
         return [float(reward) for reward in watch.earn(text, completion_ids)]
 
     trainer_class, config_class = _TRAINERS[settings.method]
-    arguments = config_class(
-        **trainer_arguments(settings, folder),
+    arguments = trainer_arguments(
+        config_class,
+        settings,
+        folder,
         per_device_train_batch_size=settings.batch_size,
         max_steps=settings.steps,
         num_generations=settings.group,
@@ -36,12 +39,13 @@ def online_trainer(
         beta=max(settings.kl_coefficient, _LEAST_PRICE),
     )
     template = tokenizer.chat_template is not None
-    asked = [[{"role": "user", "content": text}] if template else f"{text}\n\n" for text in prompts]
+    texts = [*prompts] * math.ceil(settings.batch_size / settings.group / len(prompts))  # less than a batch is dropped
+    asked = [[{"role": "user", "content": text}] if template else f"{text}\n\n" for text in texts]
     trainer = trainer_class(
         model=model,
         reward_funcs=earned,
         args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": asked, "text": list(prompts)}),
+        train_dataset=Dataset.from_dict({"prompt": asked, "text": texts}),
         processing_class=copy.deepcopy(tokenizer),
         callbacks=[watch],
         peft_config=lora(settings),

@@ -165,13 +165,17 @@ def load_backbone(name: str, revision: str, device: str, dtype: str) -> tuple[An
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts, up to where the answer begins: in the chat template, or with a blank line behind them."""
-    if tokenizer.chat_template is None:
-        texts = [f"{prompt}\n\n" for prompt in prompts]
-    else:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    special = tokenizer.chat_template is None  # a template writes them out
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    template = bool(tokenizer.chat_template)
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        if template
+        else f"{prompt}\n\n"
+        for prompt in prompts
+    ]
+    # A template writes special tokens out.
+    ids: list[list[int]] = (
+        tokenizer(texts, add_special_tokens=not template, verbose=False)["input_ids"] if texts else []
+    )
     return ids
 
 

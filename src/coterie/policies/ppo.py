@@ -36,7 +36,7 @@ def ppo_trainer(
     Args:
         model: a causal model; the adapter is put into it.
         tokenizer: its tokenizer.
-        prompts: prompts by their token ids, at least a batch of them.
+        prompts: by their token ids.
         watch: gives the rewards.
         settings: of the stage.
         folder: for the trainer.
@@ -48,8 +48,10 @@ def ppo_trainer(
     tokenizer.add_special_tokens({"pad_token": _PAD})
     tokenizer.padding_side = "left"
     micro = math.gcd(settings.batch_size, _MICRO_BATCH)
-    arguments = PPOConfig(
-        **trainer_arguments(settings, folder),
+    arguments = trainer_arguments(
+        PPOConfig,
+        settings,
+        folder,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // micro,
         local_rollout_forward_batch_size=settings.batch_size,
@@ -60,8 +62,10 @@ def ppo_trainer(
         stop_token="eos",
         temperature=settings.temperature,
         kl_coef=settings.kl_coefficient,
+        lam=1.0,  # the value learns from nothing; below one, early tokens would hear of the reward through it only
     )
-    data = Dataset.from_dict({"input_ids": [list(ids) for ids in prompts]})
+    rounds = math.ceil(settings.batch_size / len(prompts))  # fewer than a batch would be dropped, for ever
+    data = Dataset.from_dict({"input_ids": [list(ids) for ids in prompts] * rounds})
     reward = _Reward(prompts, watch)
     trainer = PPOTrainer(
         args=arguments,

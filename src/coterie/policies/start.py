@@ -78,17 +78,19 @@ def _tuned(
 ) -> tuple[Any, list[dict[str, float]]]:
     """The PeftModel after `sft_steps`, and the losses on the way."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
 
     from coterie.policies.training import Watch, lora, run, trainer_arguments
 
     set_seed(settings.seed)
     watch = Watch("sft", settings.sft_steps, _LEARNING_RATE)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            **{**trainer_arguments(settings, Path(folder)), "learning_rate": _LEARNING_RATE},
+        arguments = trainer_arguments(
+            SFTConfig,
+            settings,
+            Path(folder),
+            learning_rate=_LEARNING_RATE,
             per_device_train_batch_size=settings.batch_size,
             max_steps=settings.sft_steps,
             max_length=None,

@@ -21,10 +21,10 @@ from coterie.policies.reward import Array, NormalisedReward
 from coterie.progress import progress
 
 
-def trainer_arguments(settings: AlignSettings, folder: Path) -> dict[str, Any]:
-    """Arguments of every trainer. `folder` is for what it writes, which is nothing that is kept."""
+def trainer_arguments(config: Any, settings: AlignSettings, folder: Path, **own: Any) -> Any:
+    """Arguments of a trainer, of its `config` class; `folder` is for what it writes, which is nothing that is kept."""
     device = device_of(settings.device)
-    return {
+    shared = {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant",
@@ -38,6 +38,10 @@ def trainer_arguments(settings: AlignSettings, folder: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    arguments = config(**shared | own)
+    # Of several GPUs in one process transformers would make a DataParallel, which cannot generate.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def lora(settings: AlignSettings) -> LoraConfig:
@@ -68,26 +72,26 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:  # not the summary at the end
-            self.check(state.global_step, logs["loss"], logs["grad_norm"])
+            self._check(state.global_step, logs["loss"], logs["grad_norm"])
             self.curve.append({"step": state.global_step, "loss": logs["loss"]})
 
-    def check(self, step: int, *figures: float) -> None:
-        """Raises RunFailed: a figure of this step is not finite."""
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._bar.close()
+
+    def _check(self, step: int, *figures: float) -> None:
         if not all(map(math.isfinite, figures)):
             raise RunFailed(
                 f"{self._method}: the loss is not finite any more at update {step} of {self._steps} (learning rate "
                 f"{self._learning_rate:g}). Lower align.learning_rate, or raise align.batch_size."
             )
 
-    def close(self) -> None:
-        """Remove the progress bar."""
-        self._bar.close()
-
 
 class PolicyWatch(Watch):
     """Rewards what is sampled, keeps the last policies, and stops a run that goes too far from its start.
 
-    The divergence of an update is measured on the answers it samples, so it is that of the policy before the update.
+    The divergence of an update is measured on the answers it samples, so it is that of the policy before the update. Two
+    updates in a row beyond the limit end the run.
 
     Attributes:
         curve: of each update step, reward, normalised, length, finished, kl and entropy, as `align` returns them.
@@ -131,19 +135,20 @@ class PolicyWatch(Watch):
         step = state.global_step
         if "objective/kl" in logs:  # PPO: sums over a response
             kl, entropy = logs["objective/kl"], logs["objective/entropy"] / self._sampled["length"]
-            self.check(step, kl, logs["loss/policy_avg"], logs["loss/value_avg"])
+            self._check(step, kl, logs["loss/policy_avg"], logs["loss/value_avg"])
         elif "loss" in logs:  # GRPO and RLOO: means of a token
             kl, entropy = logs["kl"] * logs["completions/mean_length"], logs["entropy"]
-            self.check(step, kl, logs["loss"], logs["grad_norm"])
+            self._check(step, kl, logs["loss"], logs["grad_norm"])
         else:
             return
         self.curve.append({"step": step, **self._sampled, "kl": kl, "entropy": entropy})
-        if kl > self._limit:
+        if kl <= self._limit:
+            self.kept = step - 1
+        elif self.kept < step - 2:  # once may be chance: the answers of one update are few
             raise LimitReached(
-                f"the policy before update {step} was {kl:.1f} nats a response from its start, more than "
-                f"align.kl_limit = {self._limit:g}"
+                f"the policy before update {step} was {kl:.1f} nats a response from its start, the second in a row with "
+                f"more than align.kl_limit = {self._limit:g}"
             )
-        self.kept = step - 1
         self._states = {at: state for at, state in self._states.items() if at >= self.kept}
 
     def _state(self) -> dict[str, Any]:

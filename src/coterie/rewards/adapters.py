@@ -32,7 +32,7 @@ from coterie.rewards.examples import TextComparisons
 from coterie.rewards.heads import RewardHead, mean_loss
 from coterie.rewards.scored import ScoredResponses, has_adapter
 
-_BATCH = 32  # responses scored at a time
+_BATCH, _UNWATCHED = 32, 4  # responses scored at a time; batches of a request, which is worth no progress bar
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -95,8 +95,9 @@ def raw_scores(model: Any, tokens: Sequence[Array]) -> Array:
     scores = np.empty(len(tokens))
     order = np.argsort([-len(ids) for ids in tokens], kind="stable")
     bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=classifier.dtype == torch.bfloat16)
-    with torch.inference_mode(), progress(total=len(tokens), desc="scores", unit="responses") as bar:
-        for start in range(0, len(order), _BATCH):
+    starts: Any = range(0, len(order), _BATCH)
+    with torch.inference_mode():
+        for start in progress(starts, desc="scores", unit="batches") if len(starts) > _UNWATCHED else starts:
             rows = order[start : start + _BATCH].tolist()
             lengths = torch.tensor([len(tokens[row]) for row in rows])
             # Padding on the right: under causal attention no token sees what is behind it.
@@ -108,7 +109,6 @@ def raw_scores(model: Any, tokens: Sequence[Array]) -> Array:
                 hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
             last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
             scores[rows] = classifier.score(last.float()).squeeze(-1).cpu().numpy()
-            bar.update(len(rows))
     return scores
 
 

@@ -115,18 +115,17 @@ def tokenized(
     pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
     tokens: list[NDArray[np.int32]] = []
     longer: list[bool] = []
-    with progress(total=len(prompts), desc="tokens", unit="responses") as bar:
-        for batch in batched(zip(prompts, responses, strict=True), _TEXTS):
-            texts = [conversation(tokenizer, prompt, response) for prompt, response in batch]
-            clipped = [text[-max_tokens * _CHARACTERS_A_TOKEN :] for text in texts]
-            for ids, full, text in zip(_encoded(tokenizer, clipped), texts, clipped, strict=True):
-                while len(ids) > 1 and ids[-1] == pad:  # behind the token that the score is read off
-                    ids.pop()
-                longer.append(len(ids) > max_tokens or len(full) > len(text))
-                if longer[-1]:
-                    ids = [*ids[:1], *ids[1 - max_tokens :]] if ids[0] == bos else ids[-max_tokens:]
-                tokens.append(np.array(ids or [pad], dtype=np.int32))
-            bar.update(len(batch))
+    batches: Any = list(batched(zip(prompts, responses, strict=True), _TEXTS))
+    for batch in progress(batches, desc="tokens", unit="batches") if len(batches) > 1 else batches:
+        texts = [conversation(tokenizer, prompt, response) for prompt, response in batch]
+        clipped = [text[-max_tokens * _CHARACTERS_A_TOKEN :] for text in texts]
+        for ids, full, text in zip(_encoded(tokenizer, clipped), texts, clipped, strict=True):
+            while len(ids) > 1 and ids[-1] == pad:  # behind the token that the score is read off
+                ids.pop()
+            longer.append(len(ids) > max_tokens or len(full) > len(text))
+            if longer[-1]:
+                ids = [*ids[:1], *ids[1 - max_tokens :]] if ids[0] == bos else ids[-max_tokens:]
+            tokens.append(np.array(ids or [pad], dtype=np.int32))
     return tokens, np.array(longer, dtype=bool)
 
 

@@ -69,8 +69,7 @@ class TextComparisons:
         texts = texts.take(where)
         sides = [texts[name].to_pandas() for name in ("chosen_id", "rejected_id")]
         codes, ids = pd.factorize(pd.concat(sides, ignore_index=True), sort=True)
-        first = np.empty(len(ids), dtype=np.int64)  # where each response occurs first, in chosen and then rejected
-        first[codes[::-1]] = np.arange(len(codes))[::-1]
+        first = np.unique(codes, return_index=True)[1]  # where each response occurs first, in chosen and then rejected
         n, worker = len(texts), difference["worker"].to_numpy()
         answers = pa.chunked_array([*texts["chosen"].chunks, *texts["rejected"].chunks])
         posterior = np.where(audience < SMALLEST_RESPONSIBILITY, 0.0, audience)

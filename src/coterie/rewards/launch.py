@@ -103,7 +103,8 @@ def _run(job: Job, processes: int) -> None:
     code = subprocess.run([*command, "-m", "coterie.rewards.trainer", str(path)], check=False).returncode
     if failure.exists():
         told = json.loads(failure.read_text(encoding="utf-8"))
-        raise {"OutOfMemory": OutOfMemory}.get(told["type"]) or getattr(errors, told["type"])(told["message"])
+        kind = OutOfMemory if told["type"] == OutOfMemory.__name__ else getattr(errors, told["type"])
+        raise kind(told["message"])
     if code:
         raise RunFailed(f"training in {processes} processes ended with code {code}; what they said stands above")
 
