@@ -41,6 +41,9 @@ bench: $(VENV)/.installed ## the figures of the README, each beside its referenc
 	$(BIN)/python -m benchmarks.intervals
 	$(BIN)/python -m benchmarks.verdicts
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.real
+	$(BIN)/python -m benchmarks.adapters
+	$(BIN)/python -m benchmarks.policies
 
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra all -o requirements.lock

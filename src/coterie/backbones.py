@@ -8,6 +8,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,24 @@ def backbone_source(name: str) -> str:
     if not folder.is_dir():
         _convert(file, folder)
     return str(folder)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Within, transformers loads a model without a word: its bars and its remarks on new heads tell a user nothing."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _convert(file: Path, folder: Path) -> None:

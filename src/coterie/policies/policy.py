@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coterie.backbones import backbone_source, device_of, dtype_of, no_model, revision_of
+from coterie.backbones import backbone_source, device_of, dtype_of, no_model, quietly, revision_of
 from coterie.contracts import write_text
 from coterie.errors import BadBundle, BadConfiguration
 
@@ -148,8 +148,9 @@ def load_backbone(name: str, revision: str, device: str, dtype: str) -> tuple[An
     where, place = backbone_source(name), device_of(device)
     hub = {} if Path(where).is_dir() else {"revision": revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype_of(dtype, place)), **hub)
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(where, **hub)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype_of(dtype, place)), **hub)
     except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
         raise no_model(name, error) from error
     if tokenizer.eos_token_id is None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.backbones import backbone_source, no_model, revision_of
+from coterie.backbones import backbone_source, no_model, quietly, revision_of
 from coterie.contracts import batched
 from coterie.errors import BadConfiguration
 from coterie.progress import progress
@@ -64,7 +63,7 @@ def load_model(name: str, revision: str, dtype: str, pad_token_id: int) -> tuple
 
     where = backbone_source(name)
     try:
-        with _quietly():
+        with quietly():
             model = AutoModelForSequenceClassification.from_pretrained(
                 where, num_labels=1, dtype=getattr(torch, dtype), **_on_hub(where, revision)
             )
@@ -78,22 +77,6 @@ def load_model(name: str, revision: str, dtype: str, pad_token_id: int) -> tuple
     model.score.float()
     model.config.pad_token_id = pad_token_id
     return model, revision_of(where, revision, model)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Within, transformers draws no bar, and does not warn that the head is new, which it is."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _on_hub(where: str, revision: str) -> dict[str, str]:
