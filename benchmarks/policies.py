@@ -72,7 +72,7 @@ WORK = Path(tempfile.gettempdir()) / "coterie-benchmarks" / "policies"
 WORKERS, GROUPS = 400, 4
 AMOUNTS = {TRAIN: 100, VALIDATION: 25, TEST: 50}  # comparisons of a worker
 START = AlignSettings(
-    method="ppo", sft_steps=60, batch_size=8, learning_rate=2e-4, dtype="bfloat16", response_tokens=48
+    method="ppo", sft_steps=32, batch_size=8, learning_rate=2e-4, dtype="bfloat16", response_tokens=48
 )
 CHUNK = 8  # prompts that are answered, and kept, together
 RECOVERED = 0.9  # of the gap, and of the oracle's own minus wrong: the least that is asked for

@@ -26,6 +26,7 @@ SPLITS = (TRAIN, VALIDATION, TEST)
 GLOBAL, EMBEDDING_REWARD = "global", "embedding"  # rewards that are no coterie's
 
 _CONTENT_IDS = frozenset({"comparison_id", "chosen_id", "rejected_id", "pair_id", "response_id"})
+_BUFFER = 1 << 20  # bytes of a column read at once; without it, all of the columns asked for come into memory
 _META_NAME, _META_VERSION = b"coterie.table", b"coterie.schema_version"
 
 
@@ -98,7 +99,7 @@ class Table:
             raise BadData(f"{where}: no such file. Expected a {self.name} table; run the stage that writes it first.")
         try:
             # Not mapped: what was read of a mapped file counts as the process's memory until the file is closed.
-            file = pq.ParquetFile(where)
+            file = pq.ParquetFile(where, pre_buffer=False, buffer_size=_BUFFER)
         except (pa.ArrowInvalid, OSError) as error:
             raise BadData(
                 f"{where}: not a readable Parquet file ({error}). Run the stage that writes it again."

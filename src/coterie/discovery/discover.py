@@ -191,16 +191,15 @@ def _fit_mixture(
 ) -> MixtureReward:
     """The coteries on all votes; fewer than chosen where one would be smaller than the settings allow."""
     given = None if settings.method == "mixture" else embedding.embeddings_
-    rank, least = embedding.basis_.shape[1], max(settings.min_workers, 1)
+    rank = embedding.basis_.shape[1]
     for size in range(choice.size, 0, -1):
         mixture = fit_coteries(votes, size, settings.method, base, choice.prior or 100.0, rank, settings.seed, given)
-        if size == 1 or mixture.smallest_ >= least:
+        if size == 1 or mixture.smallest_ >= settings.min_workers:
             return mixture
         if settings.coteries != "auto":
-            lower = ", or lower cluster.min_workers" if mixture.smallest_ else ""
             raise BadData(
                 f"cluster.coteries = {size}: the smallest coterie would have {mixture.smallest_} workers, at least "
-                f"{least} are asked for; ask for fewer coteries{lower}"
+                f"{settings.min_workers} are asked for; ask for fewer coteries, or lower cluster.min_workers"
             )
     return mixture
 
