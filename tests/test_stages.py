@@ -132,7 +132,7 @@ def test_inputs_that_are_missing_or_of_another_stage_are_named(votes, tmp_path):
     with pytest.raises(BadData, match="run the stage that writes it first"):
         stages.cluster(tmp_path / "absent", tmp_path / "cluster", config.ClusterSettings())
     stages.ingest(tmp_path / "ingest", settings(votes))
-    with pytest.raises(BadData, match="not the folder of a reward"):
+    with pytest.raises(BadData, match="not one of the rewards"):
         stages.evaluate(tmp_path, tmp_path, [tmp_path / "ingest"], tmp_path / "e", config.EvaluateSettings())
     with pytest.raises(BadConfiguration, match="starts from the global one"):
         stages.reward(tmp_path, tmp_path, tmp_path / "r", config.RewardSettings(), coterie=1)

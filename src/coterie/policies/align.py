@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
+from coterie.backbones import quietly
 from coterie.config import AlignSettings
 from coterie.contracts import COMPARISON, GLOBAL, TRAIN
 from coterie.errors import BadConfiguration, BadData
-from coterie.policies.policy import Policy, PolicyCard, prompt_ids, read_answer, write_policy
+from coterie.policies.policy import START, Policy, PolicyCard, prompt_ids, read_answer, write_policy
 from coterie.policies.reward import NormalisedReward, TextReward, bundle_reward, scored
 
 _SAMPLE = 64  # answers that the reward is normalised on, and that start and end are judged by
@@ -72,7 +73,7 @@ def align(
 
     set_seed(settings.seed)
     watch = PolicyWatch(settings, normalised, policy.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quietly():
         trainer, tuned = _trainer(policy, prompts, watch, settings, Path(folder))
         stopped = run(trainer, watch)
     tuned = Policy(tuned, policy.tokenizer, card)
@@ -83,11 +84,10 @@ def align(
         steps, end = watch.kept, _judged(tuned, score, asked, settings)
         stopped = stopped or f"after the last update it was more than align.kl_limit = {settings.kl_limit:g} nats away"
 
-    has_adapter = card.method != "none"
     tuned_card = PolicyCard(
         backbone=card.backbone,
         revision=card.revision,
-        start=start.name if has_adapter else None,
+        start=None if card.method == "none" else START,  # where it lies in a bundle
         role=GLOBAL if coterie == GLOBAL else f"coterie-{coterie}",
         method=settings.method,
         temperature=settings.temperature,

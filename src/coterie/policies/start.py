@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from coterie.backbones import quietly
 from coterie.config import AlignSettings
 from coterie.contracts import COMPARISON, TRAIN
 from coterie.errors import BadData
@@ -85,7 +86,7 @@ def _tuned(
 
     set_seed(settings.seed)
     watch = Watch("sft", settings.sft_steps, _LEARNING_RATE)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quietly():
         arguments = trainer_arguments(
             SFTConfig,
             settings,
