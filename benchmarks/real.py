@@ -13,9 +13,9 @@ pooled       the same without reliabilities.
 mixture, embedding   the members as discovered, shipped or not. Where nothing beat the reference, the mixture is the
              reference, and the embedding the one direction that embed learns all the same.
 
-What is shipped has a scale from the validation votes and no reliabilities, for these move the scores of a person's
-responses all alike. The others have their reliabilities, which only the training votes tell. So that neither is ahead for
-being scaled better, they get one factor from the same validation votes by the same rule. "as fitted" is without it.
+What is shipped has a scale from the validation votes and no reliabilities, which change no order of a person's responses.
+The others have their reliabilities, which only the training votes tell. So that neither is ahead for being scaled better,
+they get one factor from the same validation votes by the same rule. "as fitted" is without it.
 
 The target is about the upper end of the interval of shipped - reliability in log-loss, over all workers, with the factor
 and without, under every seed. Workers of many comparisons, whose reliabilities are known best, are reported beside them.
