@@ -350,6 +350,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _told(rate: dict[str, Any]) -> str:
+    if rate["value"] is None:
+        return ""
     return f"{rate['value']:.1%}" + ("" if rate["low"] is None else f" [{rate['low']:.1%}, {rate['high']:.1%}]")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from staged import write_stages
-from tiny_models import write_backbone
+from tiny_models import one_thread, write_backbone  # noqa: F401
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,14 +29,6 @@ from coterie.rewards.launch import Job, OutOfMemory, leave_failure
 
 WORKERS = [f"w{i}" for i in range(8)]
 SIGNS = ["!", "?"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import count
 
 import numpy as np
 import pytest
@@ -74,9 +75,13 @@ def test_the_best_of_n_is_finished_where_one_is():
 
 
 # ----------------------------------------------------------------------------------------------------------- the win rates
+NUMBER = count()
+
+
 def answers(words, features=None):
-    n = len(words)
-    return Answers(["p"] * n, ["t"] * n, np.ones(n, bool), np.asarray(words, float), features)
+    """Answers that differ from all others."""
+    n, number = len(words), next(NUMBER)
+    return Answers(["p"] * n, [f"answer {number}"] * n, np.ones(n, bool), np.asarray(words, float), features)
 
 
 class Given:
@@ -121,13 +126,34 @@ def test_two_policies_share_the_votes_and_equal_answers_halve_them():
     for name in ("raw", "equal_length", "within_tolerance"):
         assert there[name]["value"] + back[name]["value"] == pytest.approx(1, abs=1e-4)
         assert there[name]["low"] + back[name]["high"] == pytest.approx(1, abs=1e-3)
-        assert same[name]["value"] == pytest.approx(0.5)
+    assert same["raw"]["value"] == same["equal_length"]["value"] == pytest.approx(0.5)
     several = rates_of(judged, one, two, three)
     others = [rates_of(judged, one, other) for other in (two, three)]
     assert several["raw"]["value"] == pytest.approx(np.mean([rate["raw"]["value"] for rate in others]))
     assert several["equal_length"]["value"] == pytest.approx(
         np.mean([rate["equal_length"]["value"] for rate in others])
     )
+
+
+def test_where_both_say_the_same_is_a_tie_and_no_point_of_the_curve():
+    rng, n = np.random.default_rng(4), 300
+    same = rng.random(n) < 0.5
+    longer = np.where(same, 0, 0.4 + 0.3 * rng.standard_normal(n))
+    chances = np.where(same, 0.5, expit(0.6 + longer + 0.2 * rng.standard_normal((30, 1))))
+    one, other = answers(longer), answers(np.zeros(n))
+    one.texts[:] = [text if again else mine for again, text, mine in zip(same, other.texts, one.texts, strict=True)]
+    rates = rates_of(Given(chances), one, other)
+    true = 0.5 * same.mean() + expit(0.6) * (1 - same.mean())
+    assert rates["equal_length"]["value"] == pytest.approx(true, abs=0.01)
+    assert rates["equal_length"]["low"] < true < rates["equal_length"]["high"]
+    assert rates["within_tolerance"]["value"] > 0.6
+    assert (rates["same"], rates["pairs"]) == (same.sum(), n)
+    one.texts[:] = other.texts
+    silent = rates_of(Given(np.full((30, n), 0.5)), answers(np.zeros(n)), answers(np.zeros(n)))
+    alike = rates_of(Given(np.full((30, n), 0.5)), one, other)
+    assert silent["equal_length"]["value"] == pytest.approx(0.5)
+    assert [alike["equal_length"][name] for name in ("value", "low", "high")] == pytest.approx([0.5] * 3)
+    assert alike["within_tolerance"]["value"] is None
 
 
 def test_people_of_several_judges_count_alike():

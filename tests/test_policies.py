@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from served import HashingEncoder, make_bundle, write_comparisons
-from tiny_models import write_backbone
+from tiny_models import one_thread, write_backbone  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from coterie.bundle import Bundle
@@ -21,14 +21,6 @@ from coterie.policies.reward import NO_ANSWER, NormalisedReward, bundle_reward
 from coterie.scoring import Question, Scorer
 
 METHODS = ["ppo", "grpo", "rloo"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from staged import TextEncoder, everything
 
-from coterie.bundle import MANIFEST_FILE, Bundle
+from coterie.bundle import Bundle, seal
 from coterie.config import EvaluateSettings
 from coterie.contracts import HEAD_FILE
 from coterie.promotion import compare_versions
 from coterie.rewards import RewardHead
+from coterie.scoring import Scorer
 
 SETTINGS = EvaluateSettings(replicates=200)
 
@@ -21,27 +22,21 @@ def staged(tmp_path_factory):
     return everything(tmp_path_factory.mktemp("run"))
 
 
-def turned(bundle, out, encoder=None):
+def turned(bundle, out):
     """A copy of a bundle whose coteries want the opposite of what they want, with golden scores that agree."""
-    from coterie.bundle import _sha256
-    from coterie.scoring import Scorer
-
     shutil.copytree(bundle, out)
+    described = Bundle.load(out).manifest.model_dump(exclude={"files", "model_version"})
     for file in out.glob(f"rewards/*/{HEAD_FILE}"):
         head = RewardHead.load(file)
         RewardHead(-head.weight, -head.center, head.scale).save(file)
-    manifest = json.loads((out / MANIFEST_FILE).read_text())
-    manifest["files"] = {name: _sha256(out / name) for name in manifest["files"]}
-    (out / MANIFEST_FILE).write_text(json.dumps(manifest))
+    seal(out, described)
     scorer = Scorer(Bundle.load(out), TextEncoder())
     golden = json.loads((out / "golden.json").read_text())
     for entry in golden:
         made = scorer.score(entry["prompt"], entry["responses"])
         entry |= {"global": made.by_global.tolist(), "coteries": made.by_coterie.tolist()}
     (out / "golden.json").write_text(json.dumps(golden))
-    manifest["files"]["golden.json"] = _sha256(out / "golden.json")
-    manifest["model_version"] = "turned"
-    (out / MANIFEST_FILE).write_text(json.dumps(manifest))
+    seal(out, described)
     return out
 
 
@@ -64,7 +59,8 @@ def test_a_worse_version_is_not_promoted_and_a_better_one_is(staged, tmp_path):
     assert not refused["promote"]
     assert "worse than the incumbent on validation prompts: log-loss +" in refused["reason"]
     assert refused["log_loss"]["low"] > 0
-    assert (refused["candidate"], refused["incumbent"]) == ("turned", Bundle.load(staged.bundle).manifest.model_version)
+    versions = [Bundle.load(path).manifest.model_version for path in (worse, staged.bundle)]
+    assert [refused["candidate"], refused["incumbent"]] == versions
     taken = compare(staged.bundle, worse, staged)
     assert taken["promote"]
     np.testing.assert_allclose(taken["log_loss"]["value"], -refused["log_loss"]["value"], rtol=1e-6)

@@ -124,10 +124,10 @@ def _convert(file: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def no_model(name: str, error: Exception) -> BadConfiguration:
-    """The error for a backbone that does not load."""
+def no_model(name: str, error: Exception, role: str = "backbone", packaged: str = SMOLLM2) -> BadConfiguration:
+    """The error for a model that does not load; `packaged` is the one that comes with a package."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return BadConfiguration(
-        f"the backbone {name} cannot be loaded: {reason.strip()} Give smollm2, a folder with a model, or a model of the "
+        f"the {role} {name} cannot be loaded: {reason.strip()} Give {packaged}, a folder with a model, or a model of the "
         "hub; without network it must be in the cache of huggingface_hub already."
     )

@@ -48,8 +48,8 @@ MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "reference.safetensors",
     "README.md",
 )
-_OF_THE_STAGE = {"stage.json", "metrics.json"}  # the stage's own records, beside the bundle's files
-_NOT_SERVED = {*_OF_THE_STAGE, HEAD_FILE, SCORES_FILE}  # of a reward's folder: the head is written anew, centred
+RECORDS = {"stage.json", "metrics.json"}  # a stage's own, beside what it made
+_NOT_SERVED = {*RECORDS, HEAD_FILE, SCORES_FILE}  # of a reward's folder: the head is written anew, centred
 _GOLDEN_PROMPTS = 8
 _SERVED: dict[Ships, str] = {
     "one-reward": "one reward for everybody",
@@ -342,7 +342,7 @@ def _verify(path: Path, manifest: Manifest) -> None:
 
 def _files(path: Path) -> list[str]:
     """The bundle's files; not the stage's own records, nor hidden ones, which a hub or a volume adds and nothing reads."""
-    own = {MANIFEST_FILE, *_OF_THE_STAGE}
+    own = {MANIFEST_FILE, *RECORDS}
     names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
     visible = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
     return sorted(name for name in visible if name not in own)

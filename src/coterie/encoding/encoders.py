@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.backbones import device_of, revision_of
+from coterie.backbones import device_of, dtype_of, no_model, revision_of
 from coterie.config import EncodeSettings
 from coterie.errors import BadConfiguration
 
@@ -82,8 +82,8 @@ class SentenceEncoder:
             revision = None if Path(where).is_dir() else settings.revision
             self._model = SentenceTransformer(where, device=device, revision=revision)
         except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
-            raise _no_model(settings.encoder, error) from error
-        self.precision = _precision(settings, device)
+            raise no_model(settings.encoder, error, "encoder", MINILM) from error
+        self.precision = dtype_of(settings.precision, device)
         if self.precision == "bfloat16":
             self._model = self._model.bfloat16()
         self.name = settings.encoder
@@ -128,13 +128,13 @@ class LastTokenEncoder:
 
         where = settings.encoder.removeprefix(LAST_TOKEN)
         device = device_of(settings.device)
-        self.precision = _precision(settings, device)
+        self.precision = dtype_of(settings.precision, device)
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(where, revision=settings.revision, truncation_side="left")
             model = AutoModel.from_pretrained(where, revision=settings.revision, dtype=dtype)
         except Exception as error:  # of the hub, the tokenizer, the weights: each library has its own
-            raise _no_model(where, error) from error
+            raise no_model(where, error, "encoder", MINILM) from error
         self._model = model.to(device).eval()
         self.name, self.revision = settings.encoder, revision_of(where, settings.revision, model)
         self._batch_size = settings.batch_size
@@ -211,17 +211,3 @@ def _minilm_folder() -> str:
             "Install it: pip install 'coterie[encoders]'"
         )
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
-
-
-def _precision(settings: EncodeSettings, device: str) -> str:
-    if settings.precision == "auto":
-        return "bfloat16" if device.startswith("cuda") else "float32"
-    return settings.precision
-
-
-def _no_model(name: str, error: Exception) -> BadConfiguration:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return BadConfiguration(
-        f"the encoder {name} cannot be loaded: {reason.strip()} Give minilm, a folder with a model, or a model of the "
-        "hub; without network it must be in the cache of huggingface_hub already."
-    )

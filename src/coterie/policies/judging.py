@@ -5,8 +5,9 @@ prompts, every person and every prompt counting once; two equal answers share th
 (policies.judges): reward heads of held-out votes, and simulated annotators themselves.
 
 At equal length: a logistic regression of the votes on the difference of the two answers' log lengths, read where they do not
-differ (Dubois et al. 2024, arXiv 2404.04475, section 3). It is the headline, since it uses every prompt. Beside it stands the
-rate over the prompts where both answers are about as long, which supposes no curve but hears few prompts.
+differ (Dubois et al. 2024, arXiv 2404.04475, section 3). Two policies that often say the same, word for word, share those votes
+whatever the length, so that this is a tie and no point of the curve. It is the headline, since it uses every prompt. Beside it
+stands the rate of different answers that are about as long, which supposes no curve but hears few prompts.
 
 Intervals are those of coterie.bootstrap, over people and prompts.
 """
@@ -57,29 +58,36 @@ def win_rates(comparisons: Sequence[Comparison], settings: JudgeSettings) -> dic
     """Win rates over the people of one or more comparisons at the same prompts.
 
     Returns:
-        raw, equal_length (headline) and within_tolerance as contracts.Estimate; within: how many of the pairs of answers
-        are of about equal length, of pairs; people.
+        raw, equal_length (headline) and within_tolerance as contracts.Estimate; of how many pairs of answers; same: how many
+        of them are one answer, within: how many others are of about equal length; people.
     """
     rates: dict[str, list[tuple[Array, Array]]] = {}
-    pairs = within = 0
+    pairs = same = within = 0
     for judge, policy, against in comparisons:
         votes = np.stack([judge.votes(policy, other) for other in against])  # [others, people, n]
         longer = np.stack([policy.words - other.words for other in against])  # [others, n]
-        near = -np.expm1(-np.abs(longer)) <= settings.length_tolerance
-        curves = [_at_equal_length(v, x) for v, x in zip(votes, longer, strict=True)]
+        differ = np.array([[a != b for a, b in zip(policy.texts, other.texts, strict=True)] for other in against])
+        near = differ & (-np.expm1(-np.abs(longer)) <= settings.length_tolerance)
+        curves = [_at_equal_length(*of_other) for of_other in zip(votes, longer, differ, strict=True)]
         close = np.einsum("opn,on->pn", votes, near) / np.maximum(near.sum(axis=0), 1)
         always = np.ones_like(close, dtype=bool)
         rates.setdefault("raw", []).append((votes.mean(axis=0), always))
         rates.setdefault("equal_length", []).append((np.mean(curves, axis=0), always))
         rates.setdefault("within_tolerance", []).append((close, always & near.any(axis=0)))
-        pairs, within = pairs + near.size, within + int(near.sum())
+        pairs, same, within = pairs + near.size, same + int((~differ).sum()), within + int(near.sum())
     told: dict[str, Any] = {}
     for name, parts in rates.items():
         values, valid = (np.concatenate(column) for column in zip(*parts, strict=True))
         bootstrap = _crossed(*values.shape, settings.replicates, settings.level, settings.seed)
         estimate = bootstrap.estimate(values.ravel(), valid.ravel(), np.ones(len(values), dtype=bool))
-        told[name] = estimate.model_dump()
-    return {**told, "pairs": pairs, "within": within, "people": len(values)}
+        told[name] = _share(estimate)
+    return {**told, "pairs": pairs, "same": same, "within": within, "people": len(values)}
+
+
+def _share(estimate: Estimate) -> dict[str, Any]:
+    """An estimate of a share, whose interval says nothing beyond none and all."""
+    low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (estimate.low, estimate.high))
+    return Estimate(value=estimate.value, low=low, high=high, level=estimate.level).model_dump()
 
 
 @lru_cache(maxsize=8)
@@ -91,28 +99,26 @@ def _crossed(people: int, prompts: int, replicates: int, level: float, seed: int
     return TwoWayBootstrap(votes, replicates, level, seed)
 
 
-def _at_equal_length(votes: Array, longer: Array) -> Array:
+def _at_equal_length(votes: Array, longer: Array, differ: Array) -> Array:
     """Values [people, n] whose mean is the win rate at equal length, and whose spread is that of its influences.
 
     Args:
         votes: [people, n].
         longer: [n], the difference of log lengths.
+        differ: [n] bool, whether the answers do.
     """
-    share = votes.mean(axis=0)
-    x = np.stack([np.ones(len(longer)), longer / max(float(np.sqrt((longer**2).mean())), 1e-12)], axis=1)
-    everything = np.ones(len(share))
-    theta = fit_head(x, np.clip(share, 0.0, 1.0), everything, np.zeros(2), _PRECISION)
-    fitted = expit(x @ theta)
-    hessian = gram(x, fitted * (1 - fitted)) + _PRECISION * np.eye(2)
-    rate = float(expit(theta[0]))
-    inverse = np.linalg.inv(hessian)
-    pull = rate * (1 - rate) * len(share) * (x @ inverse[0])  # of a residual on the rate, in n-ths
+    share, n = votes.mean(axis=0), len(longer)
+    x = np.stack([differ, longer / max(float(np.sqrt((longer**2).mean())), 1e-12)], axis=1)
+    theta = fit_head(x, np.clip(share, 0.0, 1.0), np.ones(n), np.zeros(2), _PRECISION)
+    fitted, equal = expit(x @ theta), expit(theta[0] * differ)  # as they are; were they equally long
+    inverse = np.linalg.inv(gram(x, fitted * (1 - fitted)) + _PRECISION * np.eye(2))
+    pull = float((equal * (1 - equal) * differ).sum()) * (x @ inverse[0])  # of a residual on the rate, in n-ths
     # A curve bends towards the prompts it was fitted to: what is left of them is enlarged, as HC3 does (MacKinnon and White
     # 1985, Journal of Econometrics 29(3)).
     leverage = fitted * (1 - fitted) * np.einsum("nd,de,ne->n", x, inverse, x)
-    values = pull * (votes - share + (share - fitted) / (1 - leverage))
-    centered: Array = values - values.mean() + rate
-    return centered
+    influence = pull * (votes - share + (share - fitted) / (1 - leverage))
+    values: Array = equal + influence - influence.mean()
+    return values
 
 
 # --------------------------------------------------------------------------------------------------------------- the stage
@@ -183,8 +189,8 @@ def judge(
         "wins": wins,
         "gates": [gate.model_dump() for gate in gates],
         "worst": _worst(wins, gates),
-        "lengths": {name: _mean(np.expm1(a.words), settings.level) for name, a in answered.items()},
-        "finished": {name: _mean(a.finished.astype(float), settings.level) for name, a in answered.items()},
+        "lengths": {name: _mean(np.expm1(a.words), settings.level).model_dump() for name, a in answered.items()},
+        "finished": {name: _share(_mean(a.finished.astype(float), settings.level)) for name, a in answered.items()},
         "samples": [
             {"prompt": prompt, "answers": {name: answers[row]._asdict() for name, answers in given.items()}}
             for row, prompt in enumerate(prompts[:_SAMPLES])
@@ -304,9 +310,9 @@ def _worst(wins: list[dict[str, Any]], gates: list[PolicyGate]) -> dict[str, Any
     return min(found, key=lambda worst: float(worst["value"]), default=None)
 
 
-def _mean(values: Array, level: float) -> dict[str, Any]:
+def _mean(values: Array, level: float) -> Estimate:
     """The mean over prompts [n], with the interval of Student's t."""
     value, error = float(values.mean()), float(stats.sem(values)) if len(values) > 1 else float("nan")
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
     bounds = {} if np.isnan(half) else {"low": value - half, "high": value + half}
-    return Estimate(value=value, level=level, **bounds).model_dump()
+    return Estimate(value=value, level=level, **bounds)

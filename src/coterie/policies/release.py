@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coterie.bundle import CARD_FILE, Bundle, seal
+from coterie.bundle import CARD_FILE, RECORDS, Bundle, seal
 from coterie.contracts import GLOBAL, BaseModelReference, PolicyGate
 from coterie.errors import BadBundle, BadData
 from coterie.policies.policy import START, Policy, PolicyCard
 
-_RECORDS = {"stage.json", "metrics.json"}  # of the stage that made a policy
 _POLICIES = "policies"
 
 
@@ -40,7 +39,7 @@ def bundle_policies(bundle: Path, policies: Mapping[str, Path], judged: Path, ou
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle / name, out / name)
     for name in sorted(serving):
-        ignored = shutil.ignore_patterns(*_RECORDS, ".*")
+        ignored = shutil.ignore_patterns(*RECORDS, ".*")
         shutil.copytree(policies[name], out / _POLICIES / name, ignore=ignored)
     card = PolicyCard.read(policies[START])
     with (out / CARD_FILE).open("a", encoding="utf-8") as file:

@@ -28,7 +28,7 @@ from coterie.contracts import (
     replacing,
 )
 from coterie.discovery.logistic import gram, log_loss
-from coterie.discovery.votes import Votes
+from coterie.discovery.votes import Votes, one_thread
 from coterie.errors import BadData, RunFailed
 
 Array = NDArray[np.floating[Any]]
@@ -39,6 +39,7 @@ SMALLEST_RESPONSIBILITY = 0.05
 _SCALE_PRIOR_SD = 1.0  # of log scale: keeps the scale finite where a small validation set is separable
 
 
+@one_thread()
 def fit_head(x: Array, y: Array, sample_weight: Array, prior_mean: Array, precision: float) -> Array:
     """Weights that maximise sum_n w_n log P(y_n | x_n) - precision / 2 * |weight - prior_mean|^2.
 
@@ -276,7 +277,7 @@ def fit_coterie(
     kept = np.where(responsibility < SMALLEST_RESPONSIBILITY, 0.0, responsibility)
     if not np.any(kept[train.worker] > 0):
         raise BadData(
-            "no training comparison belongs to this coterie. Cluster again with fewer coteries (cluster.max_coteries)."
+            "no training comparison belongs to this coterie. Cluster again with fewer coteries (cluster.coteries or cluster.max_coteries)."
         )
     return _fit(train, validation, kept, reliability, global_head.weight, precision, COTERIE_PRECISIONS)
 
