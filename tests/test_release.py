@@ -53,7 +53,7 @@ def judged(folder, **serves):
 
 
 def test_the_policies_that_serve_are_taken_along(staged, policies, tmp_path):
-    gates = judged(tmp_path / "judge", everybody="own", c0="own", c1="global")
+    gates = judged(tmp_path / "judge", everybody="own", c0="own", c1="global", c2="start")
     made = bundle_policies(staged.bundle, policies, gates, tmp_path / "out")
     bundle = Bundle.load(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out" / "policies").iterdir()} == {"start", "global", "coterie-0"}
@@ -63,7 +63,8 @@ def test_the_policies_that_serve_are_taken_along(staged, policies, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 1 | global | because of c1 |" in card
     assert "| strangers | global | because of everybody |" in card
-    assert [load_policy(bundle, k, "cpu")[0] for k in (None, 0, 1)] == ["global", "coterie-0", "global"]
+    named = [load_policy(bundle, k, "cpu")[0] for k in (None, 0, 1, 2)]
+    assert named == ["global", "coterie-0", "global", "start"]
 
 
 def test_where_no_policy_is_better_the_start_answers(staged, policies, tmp_path):
