@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo demo-policy run-demo test lint bench lock clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The environment, from the hashed lock; made anew only when the lock changes.
 $(VENV)/.installed: requirements-dev.lock pyproject.toml
@@ -22,10 +22,17 @@ $(VENV)/.installed: requirements-dev.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(VENV)/.installed ## the whole of it on simulated annotators: minutes, no GPU, no network
+demo: RECIPE := quickstart
+demo: run-demo ## the whole of it on simulated annotators: minutes, no GPU, no network
+
+demo-policy: RECIPE := policies
+demo-policy: DEMO := demo-policy
+demo-policy: run-demo ## with reward adapters and a policy for each coterie by PPO: under twenty minutes
+
+run-demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)
 	@test -s $(DEMO)/pseudonym.key || $(BIN)/python -c 'import secrets; print(secrets.token_hex(32))' > $(DEMO)/pseudonym.key
-	COTERIE_PSEUDONYM_KEY_FILE=$(DEMO)/pseudonym.key $(BIN)/coterie run recipes/quickstart.yaml --out $(DEMO)
+	COTERIE_PSEUDONYM_KEY_FILE=$(DEMO)/pseudonym.key $(BIN)/coterie run recipes/$(RECIPE).yaml --out $(DEMO)
 
 test: $(VENV)/.installed ## all tests that need no cluster
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -50,4 +57,4 @@ lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## remove what the demo and the tools left
-	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo demo-policy build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ least number of steps that reaches the held-out log-loss of the one from scratch
 
 Cost: `coterie.rewards.trainer.fit` (weights, pull, checks of the gradients, checkpoint at the end) beside a plain
 RewardTrainer with the same token ids, LoRA, batch and arguments, from loading the model to the last checkpoint, without
-imports. Both in turns, each time in a process of its own; peak memory is getrusage's. The ratio is of processor seconds, which
+imports. Both in turns, each time in a process of its own; peak memory is the kernel's count (Linux). The ratio is of processor seconds, which
 other load on the machine disturbs least; wall seconds stand beside it.
 """
 
@@ -23,8 +23,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.scale import peak_memory
 from coterie.backbones import SMOLLM2, backbone_source
 from coterie.config import RewardSettings
 from coterie.contracts import COMPARISON, DIFFERENCE, TRAIN, VALIDATION, content_id
@@ -213,8 +212,7 @@ def cost(way: str, path: Path) -> dict[str, float]:
                 peft_config=lora,
             ).train()
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "processor_seconds": processor, "peak_memory": peak}
+    return {"seconds": seconds, "processor_seconds": processor, "peak_memory": peak_memory()}
 
 
 def costs(path: Path, repeats: int) -> dict[str, Any]:

@@ -11,6 +11,9 @@ Then SmolLM2, fine-tuned on the chosen summaries of training posts to write the 
 answers test titles 1 + 16 times. Each reward chooses among the same 16; the first answer is the start's. Who wins is said by
 the simulated annotators themselves, each for the coterie that the pipeline put them in, and by held-out judges.
 
+Then the policy of the largest coterie is tuned from that start by PPO, with three seeds, on titles of training posts. How far
+its mean reward rises is told in standard deviations of the start's answers, beside what the best of 16 reaches by choosing.
+
 Posts of which there are most summaries train, since they give most pairs; 800 others test.
 """
 
@@ -19,9 +22,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -36,6 +39,7 @@ import numpy as np
 import orjson
 from sklearn.metrics import adjusted_rand_score
 
+from benchmarks.scale import peak_memory
 from coterie import stages
 from coterie.bootstrap import TwoWayBootstrap
 from coterie.bundle import Bundle
@@ -53,6 +57,7 @@ from coterie.config import (
 from coterie.contracts import ASSIGNMENT, GLOBAL, TEST, TRAIN, VALIDATION, Estimate, content_id, matrix, write_text
 from coterie.discovery.logistic import log_loss
 from coterie.discovery.votes import Array, load_votes
+from coterie.policies.align import align
 from coterie.policies.best_of_n import best_of_n
 from coterie.policies.judges import Answers, Judge, heldout_judges, true_judges
 from coterie.policies.judging import Comparison, win_rates
@@ -74,6 +79,8 @@ AMOUNTS = {TRAIN: 100, VALIDATION: 25, TEST: 50}  # comparisons of a worker
 START = AlignSettings(
     method="ppo", sft_steps=32, batch_size=8, learning_rate=2e-4, dtype="bfloat16", response_tokens=48
 )
+TUNED = START.model_copy(update={"sft_steps": 0, "steps": 24, "learning_rate": 1e-4})
+RISE, DIVERGENCE = 1.0, 10.0  # standard deviations of the start's answers at least, at less than so many nats
 CHUNK = 8  # prompts that are answered, and kept, together
 RECOVERED = 0.9  # of the gap, and of the oracle's own minus wrong: the least that is asked for
 WIN_RATES = {"start": 0.65, GLOBAL: 0.55, "wrong": 0.60}  # the least of own against these, at equal length
@@ -253,12 +260,18 @@ def draw(start: Path, prompts: list[str], n: int, log: Path) -> list[list[Answer
     return [known[prompt][: n + 1] for prompt in prompts]
 
 
+def start_of(folder: Path) -> Path:
+    """The policy that all others start from."""
+    start = folder / f"start-{START.sft_steps}"
+    if not (start / POLICY_FILE).is_file():
+        make_start(folder / "ingest" / stages.COMPARISONS, start, START)
+    return start
+
+
 def judge_best_of(folder: Path, prompts: int, n: int) -> dict[str, Any]:
     """Win rates of the best of n by everybody's own reward."""
-    start = folder / f"start-{START.sft_steps}"
+    start = start_of(folder)
     comparisons = folder / "ingest" / stages.COMPARISONS
-    if not (start / POLICY_FILE).is_file():
-        make_start(comparisons, start, START)
     titles = sorted({pair.prompt for pair in tldr() if pair.split == TEST}, key=content_id)[:prompts]
     log = folder / f"samples-{content_digest(start)[:12]}.jsonl"
     started = time.perf_counter()
@@ -293,9 +306,11 @@ def judge_best_of(folder: Path, prompts: int, n: int) -> dict[str, Any]:
             ]:
                 wins.append({"judge": kind, "people": name, "against": against} | win_rates(compared, JudgeSettings()))
     words = {name: float(np.expm1(of.words).mean()) for name, of in given.items()}
+    risen = (by_coterie.max(axis=1).mean(axis=0) - by_coterie.mean(axis=(0, 1))) / by_coterie.std(axis=(0, 1))
     return {
         "prompts": len(titles),
         "n": n,
+        "rise": dict(zip(own, risen.tolist(), strict=True)),
         "wins": wins,
         "words": words,
         "finished": {name: float(of.finished.mean()) for name, of in given.items()},
@@ -312,6 +327,28 @@ def _like_length(pool: list[list[Answer]]) -> float:
     """How many of the answers to a prompt, in the mean, are within a tenth of their median length."""
     words = [np.array([len(answer.text.split()) for answer in drawn]) for drawn in pool]
     return float(np.mean([np.count_nonzero(np.abs(w - np.median(w)) <= 0.1 * np.median(w)) for w in words]))
+
+
+# ------------------------------------------------------------------------------------------------------------------- PPO
+def tune(folder: Path, seed: int) -> dict[str, Any]:
+    """The policy of coterie 0, tuned by PPO in this process."""
+    out, started = folder / f"ppo-{seed}", time.perf_counter()
+    settings = TUNED.model_copy(update={"seed": seed})
+    told = align(folder / "bundle", folder / "ingest" / stages.COMPARISONS, start_of(folder), out, 0, settings)
+    risen = (told["reward_end"] - told["reward_start"]["mean"]) / told["reward_start"]["sd"]
+    seconds = time.perf_counter() - started
+    return {"seed": seed, "rise": risen, **told, "seconds": seconds, "peak_memory": peak_memory()}
+
+
+def judge_ppo(folder: Path, seeds: int) -> list[dict[str, Any]]:
+    """What `tune` makes with each seed; what an interrupted run has measured is not measured again."""
+    log = folder / "ppo.jsonl"
+    runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    for seed in range(len(runs), seeds):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            runs.append(pool.apply(tune, (folder, seed)))
+        _write_lines(log, runs)
+    return runs[:seeds]
 
 
 # ------------------------------------------------------------------------------------------------------------- the figures
@@ -332,6 +369,9 @@ def targets(results: dict[str, Any]) -> dict[str, bool]:
             met[words] = bool(
                 rate.value is not None and rate.value >= least and rate.low is not None and rate.low > 0.5
             )
+    if runs := results.get("ppo"):
+        words = f"PPO: mean reward at least {RISE:g} sd above the start's at less than {DIVERGENCE:g} nats, every seed"
+        met[words] = all(run["rise"] >= RISE and run["kl_end"] < DIVERGENCE for run in runs)
     return met
 
 
@@ -345,6 +385,11 @@ def table(results: dict[str, Any]) -> str:
     for win in results.get("best_of", {}).get("wins", ()):
         rates = [_told(win[name]) for name in ("raw", "equal_length", "within_tolerance")]
         lines.append(f"| {win['judge']} | {win['people']} | {win['against']} | {' | '.join(rates)} |")
+    if runs := results.get("ppo"):
+        lines += ["", "| PPO, seed | rise, sd | nats | updates | seconds | GB |", "|---|---|---|---|---|---|"]
+        for run in runs:
+            figures = f"{run['rise']:.2f} | {run['kl_end']:.1f} | {run['steps']} | {run['seconds']:.0f}"
+            lines.append(f"| {run['seed']} | {figures} | {run['peak_memory'] / 1e9:.1f} |")
     lines += ["", *(f"- {what}: {'met' if met else '**missed**'}" for what, met in results["targets"].items())]
     return "\n".join(lines)
 
@@ -361,6 +406,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", choices=tuple(TEXTS), default=tuple(TEXTS))
     parser.add_argument("--prompts", type=int, default=800, help="test titles that are answered; 0: rewards only")
     parser.add_argument("--samples", type=int, default=16, help="n of the best of n")
+    parser.add_argument("--ppo", type=int, default=3, help="seeds of PPO; 0: none")
     parser.add_argument("--seed", type=int, default=1, help="of the annotators; 0 is that of coterie's own draws")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -380,8 +426,10 @@ def main() -> None:
         results["texts"][name] = judge_rewards(folder)
     if "tldr" in options.texts and options.prompts:
         results["best_of"] = judge_best_of(WORK / f"tldr-{options.seed}", options.prompts, options.samples)
+    if "tldr" in options.texts and options.ppo:
+        results["ppo"] = judge_ppo(WORK / f"tldr-{options.seed}", options.ppo)
     results["targets"] = targets(results)
-    results["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    results["peak_memory"] = peak_memory()
     write_text(options.out, json.dumps(results, indent=1) + "\n")
     print(table(results))
 

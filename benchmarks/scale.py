@@ -1,6 +1,8 @@
 """Embed and cluster on many comparisons: time and peak memory, which must not grow with the comparisons.
 
-    python -m benchmarks.scale [--comparisons 1000000 10000000] [--out benchmarks/results/scale.json]
+    python -m benchmarks.scale [--comparisons 1000000 10000000] [--sparse 10000000] [--out benchmarks/results/scale.json]
+
+A tenth of the comparisons (--sparse) with the same workers and responses tells what memory is theirs, and what the comparisons'.
 
 Simulated: a hundred comparisons a worker, four groups of 40/30/20/10 % at cosine .7 whose own taste is right in 76 % of
 their comparisons (docs/method, section 8), a prompt with four responses for every twenty comparisons. The stages read
@@ -34,10 +36,10 @@ _BATCH = 250_000
 _STYLE = ["length", "lists"]
 
 
-def write(folder: Path, comparisons: int) -> None:
-    """comparisons.parquet and vectors.parquet of simulated workers, a batch at a time."""
+def write(folder: Path, comparisons: int, full: int) -> None:
+    """comparisons.parquet and vectors.parquet of as many workers and prompts as `full` comparisons have, a batch at a time."""
     rng = np.random.default_rng(0)
-    workers, prompts = comparisons // COMPARISONS, comparisons // EACH
+    workers, prompts = full // COMPARISONS, full // EACH
     frame = np.linalg.qr(rng.standard_normal((DIMENSION, len(GROUPS) + 1)))[0].T
     tastes = 1.41 * (np.sqrt(0.7) * frame[0] + np.sqrt(0.3) * frame[1:])  # a difference of two responses has variance 2
     group = _groups(workers)
@@ -114,10 +116,10 @@ def stage(name: str, folder: Path) -> dict[str, Any]:
             "ari": float(adjusted_rand_score(truth, table["coterie"].to_numpy())),
             "p_value": figures["heterogeneity"]["p_value"],
         }
-    return {"seconds": time.perf_counter() - started, "peak_memory": _peak_memory(), **found}
+    return {"seconds": time.perf_counter() - started, "peak_memory": peak_memory(), **found}
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes that this program had resident at most. Not getrusage's: that counts the process which started it as well, and so
     the writing of the data."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -127,21 +129,27 @@ def _peak_memory() -> int:
 def main() -> None:
     """Run everything and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comparisons", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--comparisons", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument(
+        "--sparse", type=int, nargs="*", default=[10_000_000], help="comparisons of which a tenth is there"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     parser.add_argument("--folder", type=Path, help="where the data lie meanwhile: 10 million comparisons take 8 GB")
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     results["machine"] = {"cores": os.cpu_count(), "processor": platform.machine()}
-    for comparisons in options.comparisons:
+    whole = [(str(full), full, full) for full in options.comparisons]
+    sparse = [(f"a tenth of {full}", full // 10, full) for full in options.sparse]
+    for shape, comparisons, full in whole + sparse:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            write(Path(folder), comparisons)
-            measured: dict[str, Any] = {"workers": comparisons // COMPARISONS, "load_average": os.getloadavg()[0]}
+            write(Path(folder), comparisons, full)
+            measured: dict[str, Any] = {"workers": full // COMPARISONS, "responses": full // EACH * RESPONSES}
+            measured["load_average"] = os.getloadavg()[0]
             for name in ("embed", "cluster"):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     measured[name] = pool.apply(stage, (name, Path(folder)))
-                print(f"{comparisons:,} {name}: {measured[name]}", flush=True)
-        results[str(comparisons)] = measured
+                print(f"{shape} {name}: {measured[name]}", flush=True)
+        results[shape] = measured
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

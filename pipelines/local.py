@@ -59,8 +59,9 @@ def run(recipe: Recipe, out: Path) -> None:
             for record in sorted(work.rglob(STAGE_FILE)):
                 _move(record.parent, out)
             shutil.rmtree(work, ignore_errors=True)
-    for name in ("metrics.json", "report.html"):
-        shutil.copyfile(out / "report" / name, out / name)
+    for name in ("report/metrics.json", "report/report.html", "judge/policies.html"):
+        if (out / name).is_file():  # there may be no policies
+            shutil.copyfile(out / name, out / Path(name).name)
 
 
 class _Watched(io.TextIOBase):
