@@ -51,6 +51,8 @@ bench: $(VENV)/.installed ## the figures of the README, each beside its referenc
 	$(BIN)/python -m benchmarks.real
 	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.feedback
+	$(BIN)/python -m benchmarks.serving
 
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra all -o requirements.lock

@@ -18,11 +18,30 @@ def embed(
     max_rank: int,
     splits: int,
     seed: int,
+    joint_enabled: bool,
+    joint_backbone: str,
+    joint_revision: str,
+    joint_lora_rank: int,
+    joint_lora_alpha: int,
+    joint_learning_rate: float,
+    joint_epochs: float,
+    joint_max_steps: int,
+    joint_batch_size: int,
+    joint_accumulation: int,
+    joint_max_tokens: int,
+    joint_pull: float,
+    joint_dtype: str,
+    joint_device: str,
+    joint_checkpoint_steps: int,
+    joint_seed: int,
 ):
-    """Worker embeddings, learned jointly with the reward."""
+    """Worker embeddings, learned jointly with the reward: on frozen features, and then with `joint_enabled` on a backbone."""
+    # One step for both: the local runner hands no artifact out of a branch (OneOf).
+    from pathlib import Path
+
     from components import artifacts
     from coterie import stages
-    from coterie.config import EmbedSettings
+    from coterie.config import EmbedSettings, JointSettings
 
     settings = EmbedSettings.of(
         components=components, style=style, rank=rank, max_rank=max_rank, splits=splits, seed=seed
@@ -30,6 +49,16 @@ def embed(
     artifacts.run(
         stages.embed, out=embedded, metrics=metrics, comparisons=comparisons, vectors=vectors, settings=settings
     )
+    if joint_enabled:
+        frozen = Path(embedded.path).rename(Path(embedded.path).with_name("frozen"))
+        training = JointSettings.of(
+            enabled=True, backbone=joint_backbone, revision=joint_revision, lora_rank=joint_lora_rank,
+            lora_alpha=joint_lora_alpha, learning_rate=joint_learning_rate, epochs=joint_epochs,
+            max_steps=joint_max_steps, batch_size=joint_batch_size, accumulation=joint_accumulation,
+            max_tokens=joint_max_tokens, pull=joint_pull, dtype=joint_dtype, device=joint_device,
+            checkpoint_steps=joint_checkpoint_steps, seed=joint_seed,
+        )  # fmt: skip
+        artifacts.run(stages.joint, out=embedded, embedded=frozen, comparisons=comparisons, settings=training)
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)

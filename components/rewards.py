@@ -30,6 +30,7 @@ def global_reward(
     pull: float,
     dtype: str,
     device: str,
+    nodes: int,
     checkpoint_steps: int,
     seed: int,
 ):
@@ -42,7 +43,7 @@ def global_reward(
         kind=kind, precision=precision, backbone=backbone, revision=revision, lora_rank=lora_rank,
         lora_alpha=lora_alpha, learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
         batch_size=batch_size, accumulation=accumulation, max_tokens=max_tokens, pull=pull, dtype=dtype,
-        device=device, checkpoint_steps=checkpoint_steps, seed=seed,
+        device=device, nodes=nodes, checkpoint_steps=checkpoint_steps, seed=seed,
     )  # fmt: skip
     artifacts.run(
         stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,
@@ -74,6 +75,7 @@ def coterie_reward(
     pull: float,
     dtype: str,
     device: str,
+    nodes: int,
     checkpoint_steps: int,
     seed: int,
 ):
@@ -86,7 +88,7 @@ def coterie_reward(
         kind=kind, precision=precision, backbone=backbone, revision=revision, lora_rank=lora_rank,
         lora_alpha=lora_alpha, learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
         batch_size=batch_size, accumulation=accumulation, max_tokens=max_tokens, pull=pull, dtype=dtype,
-        device=device, checkpoint_steps=checkpoint_steps, seed=seed,
+        device=device, nodes=nodes, checkpoint_steps=checkpoint_steps, seed=seed,
     )  # fmt: skip
     artifacts.run(
         stages.reward, out=reward, metrics=metrics, embedded=embedded, clustered=clustered, settings=settings,

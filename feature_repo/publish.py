@@ -53,7 +53,7 @@ def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, 
 
         store.apply([worker, profiles, worker_profile])
         table = _stamp(store, assignments)
-        _write_offline(out, table)
+        _write_offline(out, table, contracts.ASSIGNMENT.metadata(source))
         _write_online(store, table)
         _check(store, table)
     except (CoterieError, OSError):
@@ -96,11 +96,11 @@ def _stamp(store: FeatureStore, assignments: pa.Table) -> pa.Table:
     return assignments.append_column(field, pa.array(stamps, type=field.type))
 
 
-def _write_offline(out: Path, table: pa.Table) -> None:
+def _write_offline(out: Path, table: pa.Table, metadata: dict[str, str]) -> None:
     from feature_repo.definitions import PROFILES_FILE
 
     sizes = {name: table.schema.field(name).type.list_size for name in ("embedding", "posterior")}
-    with contracts.PROFILE.writer(out / PROFILES_FILE, **sizes) as writer:
+    with contracts.PROFILE.writer(out / PROFILES_FILE, metadata, **sizes) as writer:
         writer.write_table(table.select(writer.schema.names).cast(writer.schema))
 
 

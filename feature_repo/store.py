@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,3 +149,47 @@ def _profile(worker_id: str, values: dict[str, Any], stamp: datetime) -> Profile
         mixture_version=str(values["mixture_version"]),
         event_timestamp=stamp,
     )
+
+
+def push(store: FeatureStore, profiles: Sequence[Profile]) -> None:
+    """Put single profiles online, with the times that they carry. Raises whatever the store's backend raises.
+
+    Redis silently drops a profile whose time is not later than that of the one it holds.
+    """
+    import pandas as pd
+
+    from feature_repo.definitions import worker_profile
+
+    rows = [
+        asdict(profile) | {"embedding": list(profile.embedding), "posterior": list(profile.posterior)}
+        for profile in profiles
+    ]
+    frame = pd.DataFrame(rows).astype({"coterie": "int32", "comparisons": "int32", "reliability": "float32"})
+    store.write_to_online_store(worker_profile.name, df=frame)
+
+
+def remove(store: FeatureStore, worker_id: str) -> bool:
+    """Take a worker's profile out of the online store; return whether there was one.
+
+    Feast has no call for it: this deletes what its own stores would write for the worker's key.
+    """
+    from feast.infra.key_encoding_utils import serialize_entity_key
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    from feature_repo.definitions import JOIN_KEY, worker_profile
+
+    config, online = store.config, store._get_provider().online_store
+    key = EntityKey(join_keys=[JOIN_KEY], entity_values=[Value(string_val=worker_id)])
+    version = config.entity_key_serialization_version
+    if config.online_store.type == "redis":
+        from feast.infra.online_stores.helpers import _redis_key
+
+        name = _redis_key(store.project, key, entity_key_serialization_version=version)
+        return bool(online._get_client(config.online_store).delete(name))
+    from feast.infra.online_stores.sqlite import _table_id
+
+    table, connection = _table_id(store.project, store.get_feature_view(worker_profile.name)), online._get_conn(config)
+    raw = serialize_entity_key(key, entity_key_serialization_version=version)
+    with connection:
+        return bool(connection.execute(f'DELETE FROM "{table}" WHERE entity_key = ?', (raw,)).rowcount)

@@ -34,7 +34,8 @@ def run(recipe: Recipe, out: Path) -> None:
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     work, failure = out / ".run", out / "failure.json"
-    shutil.rmtree(work, ignore_errors=True)
+    for folder in (work, out / "joint"):  # the latter takes the place of embed, where it is
+        shutil.rmtree(folder, ignore_errors=True)
     failure.unlink(missing_ok=True)
     os.environ |= {
         "COTERIE_RUN_FOLDER": str(out),

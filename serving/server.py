@@ -1,4 +1,4 @@
-"""`coterie serve`: router and predictor in one KServe model server on one machine."""
+"""KServe's model server for router and predictor: `coterie serve` runs both, a cluster each in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import orjson
 
-from coterie.errors import BadConfiguration
-from coterie.ingest.pseudonyms import load_key
-from coterie.routing import MAX_AGE
+from coterie.cli import PathOption, read_settings, settings_options
+from coterie.config import FeedbackSettings, ServeSettings
+from coterie.contracts import Manifest
+from coterie.errors import BadConfiguration, BadData, CoterieError
+from coterie.ingest.pseudonyms import KEY_FILE_VARIABLE, KEY_VARIABLE, load_key
 
 if TYPE_CHECKING:
     from coterie.encoding import Encoder
+    from coterie.feedback.evidence import Infer
+    from coterie.routing import Profile
+    from serving.feedback import Feedback
+    from serving.predictor import Predictor
+    from serving.profiles import FeastProfiles, Profiles
+    from serving.router import Router
 
 log = logging.getLogger("coterie.serving")
 
 ROUTER, PREDICTOR = "coterie", "coterie-predictor"
-MAX_AGE_DAYS, DEADLINE_MS = "COTERIE_PROFILE_MAX_AGE_DAYS", "COTERIE_PROFILE_DEADLINE_MS"
-"""Environment variables: age past which a profile is stale, and how long a lookup may take."""
+PROFILES_FILE = "profiles.parquet"
+Background = Callable[[], Awaitable[None]]
 
 
 def serve(
@@ -36,72 +44,338 @@ def serve(
     profiles: Path,
     port: int = 8080,
     host: str = "127.0.0.1",
+    grpc_port: int | None = None,
+    settings: ServeSettings | None = None,
+    feedback: FeedbackSettings | None = None,
     environ: Mapping[str, str] = os.environ,
     encoder: Encoder | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; requests in flight are answered first.
 
     Args:
-        bundle: folder of a bundle.
-        profiles: folder that publish wrote.
+        bundle: folder of a bundle, or a link to it. POST /v2/repository/models/coterie/load reads it anew.
+        profiles: folder that publish wrote, or one that holds several such, one a mixture.
         port: to listen on; 0 takes a free one.
         host: address to listen on.
-        environ: the pseudonym key, and the settings named above.
+        grpc_port: for gRPC; None: none, 0 a free one.
+        settings: of router and predictor.
+        feedback: the database that POST /v1/feedback writes to, and the share that is held out; None: none is taken.
+        environ: the pseudonym key, and the token that requests must bring, if they must.
         encoder: in place of the one that the bundle names.
 
     Raises:
-        BadConfiguration: the port is taken, the key or a setting is missing or wrong.
+        BadConfiguration: a port is taken, the key is missing or wrong.
         BadBundle: the bundle is incomplete or damaged, or scores otherwise than when it was made.
-        BadData: `profiles` is not a published folder.
+        BadData: `profiles` is not a published folder, or feedback is taken and it holds none of the bundle's mixture.
+        BackendUnavailable: the feedback database does not answer.
     """
+    settings = settings or ServeSettings()
     port = _free_port(host, port)
-    max_age = timedelta(days=_number(environ, MAX_AGE_DAYS, MAX_AGE.days))
-    deadline = _number(environ, DEADLINE_MS, 250) / 1000
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("kserve.trace").setLevel(logging.WARNING)  # two lines a request, which /metrics has as well
-    warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")  # KServe's choice of response class
+    grpc_port = None if grpc_port is None else _free_port(host, grpc_port)
     with _arguments_hidden():
         from serving.predictor import Predictor
-        from serving.profiles import FeastProfiles
+        from serving.profiles import FeastProfiles, Profiles
         from serving.router import Router
-    predictor = Predictor(PREDICTOR, bundle, encoder)
-    manifest = predictor.bundle.manifest
+    _log_json()
+    predictor = Predictor(PREDICTOR, bundle, encoder, settings)
+    store = FeastProfiles(profiles, environ)
+    predictor.warm_up()
+    store.open()
+    manifest = predictor.manifest
+    assert manifest is not None
     key = load_key(environ) if manifest.key_fingerprint else None
-    source = FeastProfiles.open(profiles, environ, deadline)
-    predictor.load()
-    router = Router(ROUTER, manifest, key, source, predictor, max_age)
-    router.load()
-    state = "Serving" if router.key_agrees else "NOT READY (see the log above): "
-    _start(
-        router, predictor, host, port, f"{state} {manifest.name} {manifest.model_version[:12]} on http://{host}:{port}"
-    )
+    source = Profiles(store.lookup, settings)
+    router = Router(ROUTER, key, source, predictor, settings, feedback.holdout if feedback else 0.0)
+    refusal = router.refusal(manifest)
+    if refusal is not None:
+        log.error("NOT READY: %s", refusal)
+    state = "Serving" if refusal is None else "NOT READY (see the log above): "
+    address = f"http://{host}:{port}" + (f", gRPC on {host}:{grpc_port}" if grpc_port else "")
+    greeting = f"{state} {manifest.name} {manifest.model_version[:12]} on {address}\n{_example(host, port)}"
+    server = _server(settings, environ, host, port, grpc_port, predictor, router, store)
+    if feedback is not None:
+        from coterie.feedback.posteriors import Posteriors
+
+        taking = _feedback(feedback, key, store, source, manifest.mixture_version, Posteriors(predictor.scorer))
+        server.take_feedback(taking)
+    server.run([router, predictor], greeting=greeting)
 
 
-def _start(router: Any, predictor: Any, host: str, port: int, greeting: str) -> None:
-    from kserve import ModelServer
+@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.option("--bundle", type=PathOption, default=Path("/mnt/models"), show_default=True)
+@settings_options(ServeSettings)
+def predictor_command(bundle: Path, **values: Any) -> None:
+    """The predictor alone; KServe's own arguments are understood as well."""
+    with _in_words():
+        settings = read_settings(ServeSettings, values)
+        from kserve.model_server import app, args
+
+        from coterie.feedback.posteriors import Posteriors
+        from serving.posteriors import routes as posteriors
+        from serving.predictor import Predictor
+
+        _log_json()
+        predictor = Predictor(args.model_name, bundle, settings=settings)
+        server = _server(settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, predictor)
+
+        async def warm_up() -> None:
+            await asyncio.to_thread(predictor.warm_up)
+            app.include_router(
+                posteriors(Posteriors(predictor.scorer), predictor.scorer.bundle.manifest.mixture_version)
+            )
+
+        server.run([predictor], warm_up)
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.option("--profiles", type=PathOption, default=Path("/mnt/profiles"), show_default=True)
+@click.option("--manifest-url", help="where the predictor tells what it serves; default: by KServe's --predictor_host")
+@click.option("--feedback/--no-feedback", envvar="COTERIE_FEEDBACK", help="take feedback")
+@settings_options(ServeSettings)
+@settings_options(FeedbackSettings)
+def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **values: Any) -> None:
+    """The router alone; KServe's own arguments are understood as well."""
+    with _in_words():
+        of_feedback = FeedbackSettings.of(**{name: values.pop(name) for name in FeedbackSettings.model_fields})
+        settings = read_settings(ServeSettings, values)
+        from kserve.model_server import args
+
+        from serving.doors import bearer, load_token
+        from serving.posteriors import RemotePosteriors
+        from serving.profiles import FeastProfiles, Profiles
+        from serving.router import Router
+
+        _log_json()
+        if not args.predictor_host:
+            raise BadConfiguration("the router needs a predictor: give --predictor_host HOST[:PORT]")
+        key = load_key() if os.environ.get(KEY_VARIABLE) or os.environ.get(KEY_FILE_VARIABLE) else None
+        store = FeastProfiles(profiles)
+        source = Profiles(store.lookup, settings)
+        held_out = of_feedback.holdout if feedback else 0.0
+        router = Router(args.model_name, key, source, settings=settings, held_out=held_out)
+        headers = bearer(load_token(os.environ))
+        url = manifest_url or f"http://{args.predictor_host}/v2/models/{args.model_name}/manifest"
+        server = _server(settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, router=router, store=store)
+
+        async def warm_up() -> None:  # the server lives meanwhile; Feast takes ten seconds to import
+            await asyncio.to_thread(store.open)
+            if not feedback:
+                await router.watch(url, headers)
+            manifest = await router.meet(url, headers)
+            infer = RemotePosteriors(url.partition("/v2/")[0], manifest.mixture_version, headers)
+            named = router.key if manifest.key_fingerprint else None
+            server.take_feedback(
+                await asyncio.to_thread(_feedback, of_feedback, named, store, source, manifest.mixture_version, infer)
+            )
+            await router.watch(url, headers)
+
+        server.run([router], warm_up)
+
+
+def _feedback(
+    settings: FeedbackSettings,
+    key: bytes | None,
+    store: FeastProfiles,
+    source: Profiles,
+    mixture_version: str,
+    infer: Infer,
+) -> Feedback:
+    """Feedback on top of the profiles of a mixture. Raises BadData: none are published."""
+    from coterie.feedback.relay import Published
+    from serving.feedback import Feedback, push_to
+
+    found = ((Published(folder / PROFILES_FILE), online) for folder, online in store.opened().items())
+    published, online = next(((p, online) for p, online in found if p.mixture_version == mixture_version), (None, None))
+    if published is None or online is None:
+        raise BadData(
+            f"{store.folder}: no profiles of mixture {mixture_version}, on top of which feedback comes. Publish those of "
+            "the bundle's run, or serve with --no-feedback."
+        )
+    write = push_to(online)
+
+    def push(profiles: Sequence[Profile]) -> None:
+        write(profiles)
+        for profile in profiles:  # else the router would know it only when its cache is old
+            source.forget(profile.worker_id)
+
+    return Feedback(settings, key, published, infer, push)
+
+
+def _server(
+    settings: ServeSettings,
+    environ: Mapping[str, str],
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    predictor: Predictor | None = None,
+    router: Router | None = None,
+    store: FeastProfiles | None = None,
+) -> Any:
+    """KServe's server with our door, our words for every failure, and load and unload that work."""
+    import grpc
+    from kserve import ModelRepository, ModelServer
     from kserve.model_server import app
+    from kserve.protocol.dataplane import DataPlane
+    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+    from kserve.protocol.grpc.servicer import InferenceServicer
+    from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
-    from serving.protocol import BodyLimit
+    from serving import failures
+    from serving.doors import Door, GrpcDoor, load_token
+
+    token, limit = load_token(environ), int(settings.max_body_mb * 2**20)
+
+    class Repository(ModelRepository):  # type: ignore[misc]
+        """Models that stay registered: an unloaded one is not ready, and can be loaded again."""
+
+        def unload(self, name: str) -> None:
+            self.models[name].ready = False
+
+    class Switches(ModelRepositoryExtension):  # type: ignore[misc]
+        """Load: the bundle that lies in the folder now serves in place of the old one. Unload: nothing is served."""
+
+        async def load(self, model_name: str) -> dict[str, Any]:
+            model = self._known(model_name)
+            if store is not None:  # whose profiles of a new mixture are there before the bundle
+                try:
+                    await asyncio.to_thread(store.open)
+                except CoterieError as error:
+                    log.error("the bundle was not loaded: %s", error)
+                    raise failures.BundleRefused("The profiles cannot be opened. The server's log says why.") from error
+            if predictor is not None:
+                accept = router.refusal if router is not None else lambda _: None
+                await asyncio.to_thread(predictor.switch, accept)
+            model.ready = True
+            return {"name": model_name, "load": True}
+
+        async def unload(self, model_name: str) -> dict[str, Any]:
+            self._known(model_name).ready = False
+            return {"name": model_name, "unload": True}
+
+        def _known(self, model_name: str) -> Any:
+            model = self._model_registry.get_model(model_name)
+            if model is None:
+                raise failures.NotFound(f"There is no model {model_name[:60]} here.")
+            return model
+
+    class Plane(DataPlane):  # type: ignore[misc]
+        """A body that cannot be read is the asker's fault, whatever stumbled over it."""
+
+        def decode(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().decode(*args, **kwargs)
+            except Exception:
+                raise failures.Refused("The body is not in the format that its headers say. Send JSON.") from None
 
     class Server(ModelServer):  # type: ignore[misc]
-        """KServe's server, on the host asked for, with a word when it listens."""
+        """One REST and one gRPC server, on the host asked for."""
+
+        def __init__(self) -> None:
+            super().__init__(
+                http_port=port,
+                enable_grpc=False,  # ours has a door
+                workers=1,
+                enable_latency_logging=False,
+                grace_period=settings.grace_seconds,
+                registered_models=Repository(),
+            )
+            self.dataplane = Plane(self.registered_models)
+            self.model_repository_extension = Switches(self.registered_models)
+            self._background: Background | None = None
+            self._greeting, self._error = "", None
+            self._feedback: Feedback | None = None
+            app.add_middleware(Door, token=token, limit=limit)
+            if router is not None and settings.policies:
+                from serving.policies import routes
+
+                app.include_router(routes(router, settings.policies, settings.request_seconds))
+            app.add_api_route("/v2/models/{model_name}/manifest", self._manifest, methods=["GET"])
+
+        def run(self, models: list[Any], background: Background | None = None, greeting: str = "") -> None:
+            """Serve until a signal, with `background` beside it. Raises what that raises."""
+            self._background, self._greeting = background, greeting
+            for model in models:
+                model.log_texts = settings.log_texts
+            try:
+                self.start(models)
+            finally:
+                if self._feedback is not None:
+                    self._feedback.close()
+            if self._error is not None:
+                raise self._error
+
+        def take_feedback(self, feedback: Feedback) -> None:
+            """Answer POST /v1/feedback, and the model coterie-feedback."""
+            from serving.feedback import FeedbackModel, routes
+
+            self._feedback = feedback
+            app.include_router(routes(feedback))
+            self.register_model(FeedbackModel(feedback))
 
         async def _serve(self) -> None:
-            self._rest_server.config.host = host  # KServe has no setting for it
-            greet = asyncio.create_task(self._greet())
+            rest = self._rest_server
+            rest.config.host = host  # KServe has no setting for it
+            rest._add_middlewares = lambda app: None  # times every request for a log that /metrics replaces
+            rest._add_exception_handlers = failures.handle
+            calls = await self._grpc() if grpc_port is not None else None
+            tasks = [asyncio.create_task(self._greet()), asyncio.create_task(self._behind())]
             try:
                 await super()._serve()
             finally:
-                greet.cancel()
+                for task in tasks:
+                    task.cancel()
+                if calls is not None:
+                    await calls.stop(settings.grace_seconds)
+
+        async def _grpc(self) -> Any:
+            options = [(f"grpc.max_{way}_message_length", limit) for way in ("send", "receive")]
+            server = grpc.aio.server(interceptors=[GrpcDoor(token)], options=options)
+            servicer = InferenceServicer(self.dataplane, self.model_repository_extension)
+            add_GRPCInferenceServiceServicer_to_server(servicer, server)
+            server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{grpc_port}")
+            await server.start()
+            return server
+
+        async def _behind(self) -> None:
+            try:
+                if self._background is not None:
+                    await self._background()
+            except Exception as error:
+                self._error = error
+                self._rest_server._server.should_exit = True
 
         async def _greet(self) -> None:
             while not self._rest_server._server.started:
                 await asyncio.sleep(0.05)
-            print(f"{greeting}\n{_example(host, port)}", flush=True)
+            if self._greeting:
+                print(self._greeting, flush=True)
 
-    app.add_middleware(BodyLimit)
-    server = Server(http_port=port, enable_grpc=False, workers=1, enable_latency_logging=False)
-    server.start([router, predictor])
+        async def _manifest(self, model_name: str) -> dict[str, Any]:
+            """Which bundle answers."""
+            model = self.registered_models.get_model(model_name)
+            manifest: Manifest | None = getattr(model, "manifest", None)
+            if model is None:
+                raise failures.NotFound(f"There is no model {model_name[:60]} here.")
+            if manifest is None or not await model.healthy():
+                raise failures.Unavailable(f"The model {model_name} is not ready.")
+            return manifest.model_dump(mode="json")
+
+    return Server()
+
+
+def _log_json() -> None:
+    """A JSON object a line on standard error, KServe's and uvicorn's lines included."""
+    from serving.doors import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("kserve", "kserve.trace"):
+        logging.getLogger(name).handlers = [logging.NullHandler()]  # else KServe adds its own
+        logging.getLogger(name).propagate = True
+    for name in ("kserve.trace", "uvicorn.access", "httpx"):  # a line a request, which the door writes better
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")  # KServe's choice of response class
 
 
 def _example(host: str, port: int) -> str:
@@ -125,15 +399,14 @@ def _free_port(host: str, port: int) -> int:
         ) from error
 
 
-def _number(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name, "")
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """End with a message and an exit code where coterie itself refuses."""
     try:
-        value = float(text) if text else default
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise BadConfiguration(f"{name}={text}: not a number above zero. Unset it for {default:g}.")
-    return value
+        yield
+    except CoterieError as error:
+        click.secho(f"coterie: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
 
 
 @contextmanager

@@ -5,21 +5,33 @@ Run as a program, this file serves a bundle that was made with the encoder defin
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import httpx
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from coterie import contracts
 from coterie.bundle import build_bundle
-from coterie.config import BundleSettings, EmbedSettings, EncodeSettings, PublishSettings
+from coterie.config import (
+    BundleSettings,
+    EmbedSettings,
+    EncodeSettings,
+    FeedbackSettings,
+    PublishSettings,
+    ServeSettings,
+)
 from coterie.contracts import content_id
 from coterie.discovery.features import fit_features
+from coterie.discovery.lowrank import LowRankReward
+from coterie.discovery.mixture import MixtureReward
 from coterie.encoding import encode
 from coterie.ingest.pseudonyms import fingerprint, pseudonym
 from coterie.rewards import RewardHead
@@ -76,7 +88,7 @@ def write_comparisons(path):
     contracts.COMPARISON.write(path, rows)
 
 
-def make_bundle(root):
+def make_bundle(root, version="m1", seed=1):
     """A bundle of three coteries with rewards that differ, of which the last serves the global one."""
     for name in ("ingest", "encode", "embed", "cluster", "evaluate"):
         (root / name).mkdir(parents=True)
@@ -85,19 +97,26 @@ def make_bundle(root):
     encode(comparisons, root / "encode", EncodeSettings(), root / "cache", HashingEncoder())
     features = fit_features(comparisons, vectors, EmbedSettings(components=8))
     features.save(root / "embed" / contracts.FEATURES_FILE)
-    rng = np.random.default_rng(1)
-    rewards = {}
+    rng = np.random.default_rng(seed)
+    rewards, weights = {}, {}
     for name in ("global", "coterie-0", "coterie-1", "coterie-2"):
         rewards[name] = root / "rewards" / name
-        RewardHead(rng.normal(size=len(features.names))).save(rewards[name] / contracts.HEAD_FILE)
-    (root / "embed" / contracts.MODEL_FILE).write_bytes(b"the low-rank model; scoring does not read it")
-    (root / "cluster" / contracts.MIXTURE_FILE).write_bytes(b"the mixture; scoring does not read it")
+        weights[name] = rng.normal(size=len(features.names))
+        RewardHead(weights[name]).save(rewards[name] / contracts.HEAD_FILE)
+    mixture = MixtureReward(3)
+    mixture.theta_ = np.stack([weights[f"coterie-{k}"] for k in range(3)]).astype(np.float32)
+    mixture.weights_, mixture.reliability_variance_ = np.array([0.5, 0.3, 0.2]), 0.01
+    mixture.save(root / "cluster" / contracts.MIXTURE_FILE, version)
+    places = LowRankReward(2)
+    places.theta_, places.basis_ = weights["global"], rng.normal(size=(len(features.names), 2))
+    places.reliability_variance_ = 0.01
+    places.save(root / "embed" / contracts.MODEL_FILE)
     gates = [{"coterie": k, "serves": "own" if k < 2 else "global", "reason": "test"} for k in range(3)]
     metrics = {
         "ingest": {"key_fingerprint": fingerprint(KEY.encode())},
         "embed": {"rank": 2},
         "cluster": {
-            "mixture_version": "m1",
+            "mixture_version": version,
             "selection": {"coteries": 3, "verdict": "coteries"},
             "stability": {"half_split_ari": 0.5},
             "seed": 0,
@@ -119,7 +138,7 @@ def make_bundle(root):
     return root / "bundle"
 
 
-def publish_profiles(root):
+def publish_profiles(root, version="m1", folder="publish"):
     """Publish a profile for each of WORKERS beside the bundle."""
     from feature_repo.publish import publish
 
@@ -130,10 +149,10 @@ def publish_profiles(root):
         "comparisons": [40, 40, 40],
         "coterie": POSTERIORS.argmax(1),
         "posterior": POSTERIORS,
-        "mixture_version": ["m1"] * 3,
+        "mixture_version": [version] * 3,
     }
     contracts.ASSIGNMENT.write(root / "cluster" / "assignments.parquet", columns, embedding=2, posterior=3)
-    publish(root / "cluster", root / "publish", PublishSettings())
+    publish(root / "cluster", root / folder, PublishSettings())
 
 
 # ------------------------------------------------------------------------------------------------------ server
@@ -143,28 +162,60 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def grpc_address(log):
+    """Where the server whose log this is answers gRPC."""
+    return re.search(r"gRPC on (\S+)", log.read_text())[1]
+
+
 @contextmanager
-def serving(run, key=KEY):
-    """Start the server as a process; yields it, its address and its log once it listens."""
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, __file__, str(run / "bundle"), str(run / "publish"), url.rpartition(":")[2]]
-    environ = os.environ | {"COTERIE_PSEUDONYM_KEY": key, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    log = run / f"server-{time.monotonic_ns()}.log"
+def process(command, log, until, **environ):
+    """Start a server as a process; yields it once `until` holds."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environ
     with log.open("wb") as output:
-        server = subprocess.Popen(command, env=environ, cwd=run, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=environ, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 240  # imports take seconds, on a loaded machine minutes
-        while "Try: curl" not in log.read_text():
+        while not until():
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield server, url, log
+        yield server
     finally:
         server.kill()
         server.wait()
 
 
-if __name__ == "__main__":
-    from serving.server import serve
+def is_ready(url, model="coterie"):
+    """Whether the model's readiness probe is answered with 200."""
+    try:
+        return httpx.get(f"{url}/v2/models/{model}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
 
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), encoder=HashingEncoder())
+
+@contextmanager
+def serving(run, key=KEY, environ=None, **settings):
+    """`coterie serve` as a process; yields it, its address and its log once it listens."""
+    url, log = f"http://127.0.0.1:{free_port()}", run / f"server-{time.monotonic_ns()}.log"
+    command = [sys.executable, __file__, str(run / "bundle"), str(run / "publish"), url.rpartition(":")[2]]
+    told = json.dumps({"profile_deadline_ms": 5000} | settings)  # no lookup is late on a loaded machine
+    with process(
+        command, log, lambda: "Try: curl" in log.read_text(), COTERIE_PSEUDONYM_KEY=key, SETTINGS=told, **environ or {}
+    ) as server:
+        yield server, url, log
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "predictor":  # serving.predictor, with the encoder of this file
+        from serving import predictor, server
+
+        sys.argv.pop(1)
+        predictor.Predictor = partial(predictor.Predictor, encoder=HashingEncoder())
+        server.predictor_command()
+    else:
+        from serving.server import serve
+
+        settings = ServeSettings.of(**json.loads(os.environ["SETTINGS"]))
+        folders, port = map(Path, sys.argv[1:3]), int(sys.argv[3])
+        feedback = FeedbackSettings.of(**json.loads(os.environ["FEEDBACK"])) if "FEEDBACK" in os.environ else None
+        serve(*folders, port, grpc_port=0, settings=settings, feedback=feedback, encoder=HashingEncoder())

@@ -156,6 +156,22 @@ def test_what_is_written_scores_alike_by_peft_and_whatever_is_in_the_batch(every
     np.testing.assert_allclose(ours, alone, atol=1e-5)
 
 
+def test_adapters_share_a_batch_and_score_only_what_they_are_asked(everybody):
+    names = ("global", "coterie-0", "coterie-1")
+    rewards = AdapterRewards.load({name: everybody[0] / name for name in names}, "cpu")
+    prompts, responses = ["3", "14", "5", "6"], ["abc?", "a" * 20 + "!", "f!", "gg?"]
+    wanted = dict(zip(names, np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]], bool), strict=True))
+    passes = []
+    backbone = rewards._model.get_base_model().model
+    backbone.register_forward_hook(lambda module, inputs, output: passes.append(len(output[0])))
+    scores = rewards.of_states(rewards.states(prompts, responses, wanted))
+    assert passes == [6]
+    for name, rows in wanted.items():
+        alone = AdapterRewards.load({name: everybody[0] / name}, "cpu").score(prompts, responses)[name]
+        np.testing.assert_allclose(scores[name][rows], alone[rows], atol=1e-5)
+        assert np.isnan(scores[name][~rows]).all()
+
+
 def test_every_held_out_response_is_scored_and_the_average_one_scores_zero(everybody):
     folder, told = everybody
     out = folder / "coterie-0"

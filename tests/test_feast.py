@@ -1,11 +1,11 @@
 """Publication into Feast and lookups, on SQLite and on a real Redis."""
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coterie import contracts
-from coterie.config import PublishSettings
+from coterie.config import PublishSettings, ServeSettings
 from coterie.errors import BackendUnavailable, BadConfiguration, BadData
 
 WORKERS = [f"w{i}" for i in range(40)] + ["émile 🙂", "a b\n"]
@@ -113,21 +113,33 @@ def test_the_definitions_have_every_field_of_the_contract():
     assert (types["coterie"], types["worker_id"]) == (Int32, String)
 
 
-def test_a_lookup_past_its_deadline_or_into_a_broken_store_is_an_outage(published, tmp_path):
-    from serving.profiles import FeastProfiles
+def opened(folder, **settings):
+    """The profiles that were published into `folder`, as the router looks them up."""
+    from serving.profiles import FeastProfiles, Profiles
 
-    assert FeastProfiles.open(published[0], deadline=10).get(["w1", "x"])[1] is None
-    hanging, released = FeastProfiles.open(published[0], deadline=0.05), threading.Event()
-    for _ in range(4):  # lookups that hang take all the threads there are
-        hanging._threads.submit(released.wait, 60)
-    with pytest.raises(BackendUnavailable, match="within 50 ms"):
-        hanging.get(["w1"])
-    released.set()
+    store = FeastProfiles(folder)
+    store.open()
+    return Profiles(store.lookup, ServeSettings(**{"profile_deadline_ms": 10_000, "cache_seconds": 0} | settings))
+
+
+def test_a_broken_store_is_an_outage_and_a_stranger_is_none(published, tmp_path):
+    known, stranger = asyncio.run(opened(published[0]).get(["w1", "x"]))
+    assert (known[0].worker_id, stranger) == ("w1", ())
     broken = tmp_path / "broken"
     shutil.copytree(published[0], broken)
     (broken / "online.db").write_bytes(b"no database at all" * 100)
-    with pytest.raises(BackendUnavailable, match="DatabaseError"):
-        FeastProfiles.open(broken, deadline=10).get(["w1"])
+    assert asyncio.run(opened(broken).get(["w1"])) == [None]
+
+
+def test_a_folder_of_published_folders_has_a_profile_of_each_mixture(published, tmp_path):
+    from feature_repo.publish import publish
+
+    shutil.copytree(published[0], tmp_path / "online" / "m1")
+    profiles = opened(tmp_path / "online")
+    assert [p.mixture_version for p in asyncio.run(profiles.get(["w1"]))[0]] == ["m1"]
+    write_assignments(tmp_path / "cluster", version="m2")
+    publish(tmp_path / "cluster", tmp_path / "online" / "m2", PublishSettings())
+    assert [p.mixture_version for p in asyncio.run(opened(tmp_path / "online").get(["w1"]))[0]] == ["m1", "m2"]
 
 
 @pytest.mark.parametrize("name", ["feature_store.yaml", "registry.db", "online.db"])
@@ -214,26 +226,27 @@ def test_redis_takes_a_second_publication_even_from_a_clock_that_runs_behind(red
 
 def test_a_redis_that_hangs_or_dies_is_an_outage_and_is_found_again(redis, tmp_path):
     from feature_repo.publish import publish
-    from serving.profiles import FeastProfiles
 
     settings = PublishSettings(online_store="redis")
     write_assignments(tmp_path / "one")
     publish(tmp_path / "one", tmp_path / "out", settings)
-    profiles = FeastProfiles.open(tmp_path / "out")
-    assert profiles.get(["w1"])[0].worker_id == "w1"
 
-    redis.send_signal(signal.SIGSTOP)
-    started = time.monotonic()
-    with pytest.raises(BackendUnavailable, match="within 250 ms"):
-        profiles.get(["w1"])
-    assert time.monotonic() - started < 1
-    redis.send_signal(signal.SIGCONT)
-    assert profiles.get(["w1"])[0].worker_id == "w1"
+    async def hang_and_come_back():
+        profiles = opened(tmp_path / "out", profile_deadline_ms=250, profile_pause_seconds=0.1)
+        assert (await profiles.get(["w1"]))[0][0].worker_id == "w1"
+        redis.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        assert (await profiles.get(["w1", "w2"]))[0][0].worker_id == "w1"  # as it was found before
+        assert await profiles.get(["w2"]) == [None]
+        assert time.monotonic() - started < 1
+        redis.send_signal(signal.SIGCONT)
+        await asyncio.sleep(0.5)
+        assert (await profiles.get(["w2"]))[0][0].worker_id == "w2"
 
+    asyncio.run(hang_and_come_back())
     redis.kill()
     redis.wait()
-    with pytest.raises(BackendUnavailable, match="ConnectionError"):
-        FeastProfiles.open(tmp_path / "out", deadline=10).get(["w1"])
+    assert asyncio.run(opened(tmp_path / "out").get(["w1"])) == [None]
     with pytest.raises(BackendUnavailable, match="redis"):
         publish(tmp_path / "one", tmp_path / "again", settings)
 

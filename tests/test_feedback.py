@@ -82,7 +82,9 @@ def test_what_the_router_commits_is_what_ingest_reads(tmp_path, database):
 
 def test_the_columns_are_the_comparisons():
     there = {field.name: field.nullable for field in COMPARISON.fields if field.name != "split"}
-    assert {c.name: c.nullable for c in FEEDBACK.c} == there | {"created_at": False, "key_fingerprint": False}
+    own = {"created_at": False, "key_fingerprint": False, "counts": False}
+    own |= dict.fromkeys(("request_id", "arm", "propensity", "agreed"), True)
+    assert {c.name: c.nullable for c in FEEDBACK.c} == there | own
     assert [c.name for c in FEEDBACK.primary_key] == ["comparison_id"]
     for dialect in ("postgresql", "sqlite"):
         statement = sa.schema.CreateTable(FEEDBACK).compile(dialect=sa.dialects.registry.load(dialect)())
@@ -127,6 +129,34 @@ def test_the_keys_must_agree(tmp_path, database):
         run(tmp_path, database)
 
 
+def test_the_migrations_make_the_tables(tmp_path, database):
+    plain = sa.create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
+    FEEDBACK.metadata.create_all(plain)
+
+    def described(engine):
+        found = sa.inspect(engine)
+        names = set(found.get_table_names()) - {"alembic_version"}
+        return {
+            name: (
+                [(c["name"], str(c["type"]), c["nullable"], c["primary_key"]) for c in found.get_columns(name)],
+                sorted((i["name"], tuple(i["column_names"])) for i in found.get_indexes(name)),
+            )
+            for name in names
+        }
+
+    def in_any_order(tables):
+        return {name: (sorted(columns), indexes) for name, (columns, indexes) in tables.items()}
+
+    assert in_any_order(described(database)) == in_any_order(described(plain))
+    plain.dispose()
+
+
+def test_what_does_not_count_is_not_read(tmp_path, database):
+    commit(database, vote(counts=True), vote("ben", counts=False))
+    _, out = run(tmp_path, database)
+    assert [row["worker_id"] for row in out] == [pseudonym(KEY, "anna")]
+
+
 def test_its_state_tells_every_vote(tmp_path, database):
     url = str(database.url)
     states = [source_state([url])]
@@ -155,7 +185,7 @@ def test_what_cannot_be_read_is_said_in_words(tmp_path, database):
         ("sqlite://", BadData, "no such file"),
         (f"sqlite:///{tmp_path}/text.db", BadData, "not a database"),
         (f"sqlite:///{tmp_path}/empty.db", BadData, "no table feedback"),
-        (f"sqlite:///{tmp_path}/old.db", BadData, "has no chosen, chosen_id, .*version"),
+        (f"sqlite:///{tmp_path}/old.db", BadData, "has no agreed, arm, chosen, .*version"),
         ("postgresql+nodriver://host/name", BadConfiguration, "nodriver"),
         ("postgresql+psycopg://user:secret@host/name", BadConfiguration, r"user:\*\*\*@host.*PGPASSWORD"),
         ("postgresql+psycopg://host/name?password=secret", BadConfiguration, "PGPASSWORD"),
@@ -182,7 +212,8 @@ def test_what_is_missing_or_does_not_answer(tmp_path, database, monkeypatch):
     with pytest.raises(BadData, match=r"psycopg.*Install the database's driver"):
         source_state(["postgresql+psycopg://host/name"])
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
-    monkeypatch.delitem(sys.modules, "coterie.feedback")
+    for name in [name for name in sys.modules if name.startswith("coterie.feedback")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("coterie.feedback")
     with pytest.raises(BadData, match=r"Install coterie\[sources\]"):
         run(tmp_path, database)

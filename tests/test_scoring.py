@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from staged import WORDS, TextEncoder, everything
 
+from coterie.answers import Asked, answer
 from coterie.bundle import Bundle
 from coterie.contracts import MIXTURE_FILE, Example, Route, RoutedInstance
 from coterie.discovery import MixtureReward
@@ -66,7 +67,7 @@ def test_a_new_person_is_placed_by_their_comparisons(scorer):
     assert max(scorer.place(ties).posterior) < 0.9
     taken = scorer.place(short)
     assert (taken.source, taken.coterie, len(taken.embedding)) == ("comparisons", 1, scorer.bundle.manifest.rank)
-    [made] = scorer.predict([RoutedInstance(prompt=PROMPT, responses=RESPONSES, route=taken)])
+    [made] = answer(scorer, [Asked(RoutedInstance(prompt=PROMPT, responses=RESPONSES, routes=[taken]))])
     assert (made.source, made.coterie) == ("comparisons", 1)
     np.testing.assert_allclose(made.scores, scorer.score(PROMPT, RESPONSES, taken.posterior).scores)
 
@@ -171,7 +172,7 @@ def test_a_route_without_a_usable_embedding_falls_back(personal):
         (None, "global"),
     ):
         route = Route(source="profile", coterie=0, posterior=[0.5, 0.5], embedding=embedding, mixture_version=version)
-        made = scorer.predict([RoutedInstance(prompt=PROMPT, responses=RESPONSES, route=route)])[0]
+        [made] = answer(scorer, [Asked(RoutedInstance(prompt=PROMPT, responses=RESPONSES, routes=[route]))])
         assert made.source == source
 
 

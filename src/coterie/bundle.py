@@ -27,6 +27,7 @@ from coterie.contracts import (
     MODEL_FILE,
     PERSONAL_FILE,
     SCORES_FILE,
+    STATES_FILE,
     TEST,
     VECTOR,
     BaseModelReference,
@@ -40,7 +41,7 @@ from coterie.contracts import (
 from coterie.discovery.features import FeatureMap
 from coterie.errors import BadBundle, BadData
 from coterie.rewards import PersonalHead, RewardHead, serving_own
-from coterie.rewards.scored import ScoredResponses, has_adapter
+from coterie.rewards.scored import ScoredResponses, States, has_adapter
 
 MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "manifest.json",
@@ -49,7 +50,7 @@ MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
     "README.md",
 )
 RECORDS = {"stage.json", "metrics.json"}  # a stage's own, beside what it made
-_NOT_SERVED = {*RECORDS, HEAD_FILE, SCORES_FILE}  # of a reward's folder: the head is written anew, centred
+_NOT_SERVED = {*RECORDS, HEAD_FILE, SCORES_FILE, STATES_FILE}  # of a reward's folder: the head is written anew, centred
 _GOLDEN_PROMPTS = 8
 _SERVED: dict[Ships, str] = {
     "one-reward": "one reward for everybody",
@@ -161,7 +162,9 @@ def build_bundle(
     served = [f"coterie-{k}" if serves else GLOBAL for k, serves in enumerate(own)]
     adapters = {name: rewards[name] for name in {GLOBAL, *served} if has_adapter(rewards[name])}
     if evaluation["ships"] == EMBEDDING_REWARD:
-        personal = PersonalHead.load(rewards[EMBEDDING_REWARD]).centered(reference)
+        personal = PersonalHead.load(rewards[EMBEDDING_REWARD])
+        if not adapters:  # else it reads the global adapter's hidden state, and is centred there
+            personal = personal.centered(reference)
         personal.save(out / "rewards" / EMBEDDING_REWARD / PERSONAL_FILE)
 
     for file, source in {FEATURES_FILE: embedded, MODEL_FILE: embedded, MIXTURE_FILE: clustered}.items():
@@ -177,7 +180,8 @@ def build_bundle(
 
         save_file({"features": np.ascontiguousarray(reference)}, temporary)
     scored = {name: ScoredResponses.load(folder) for name, folder in adapters.items()}
-    golden = _golden(ingested / "comparisons.parquet", table, features, scored or heads, served, personal)
+    read = rewards[GLOBAL] if adapters else None
+    golden = _golden(ingested / "comparisons.parquet", table, features, scored or heads, served, personal, read)
     write_text(out / GOLDEN_FILE, json.dumps(golden, indent=1, ensure_ascii=False))
 
     figures = {
@@ -236,8 +240,10 @@ def _golden(
     rewards: Mapping[str, RewardHead] | Mapping[str, ScoredResponses],
     served: list[str],
     personal: PersonalHead | None,
+    read: Path | None,
 ) -> list[dict[str, Any]]:
-    """Scores of a few test pairs, by the global reward, by what each coterie serves, and for a made-up person each."""
+    """Scores of a few test pairs, by the global reward, by what each coterie serves, and for a made-up person each, whose
+    reward reads the hidden states in the folder `read`, or the features."""
     columns = ["prompt", "chosen", "rejected", "chosen_id", "rejected_id", "pair_id", "split"]
     table = COMPARISON.read(comparisons, columns)
     held = table.filter(pc.equal(table["split"].cast("string"), TEST))
@@ -262,6 +268,9 @@ def _golden(
             }
         )
         if personal is not None:
+            if read is not None:
+                states = States.load(read, ids)
+                h = states.values[states.rows(ids)]
             person = np.round(np.random.default_rng(number).standard_normal(personal.basis.shape[1]), 3)
             golden[-1] |= {"embedding": person.tolist(), "personal": personal.of(person).score(h).round(6).tolist()}
     return golden
@@ -277,6 +286,10 @@ def _card(described: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     figures = described["metrics"]
     names = {"test_accuracy": "accuracy", "test_log_loss": "log-loss"}
     measured = ", ".join(f"{told} {figures[name]:.3f}" for name, told in names.items() if name in figures)
+    made_of = f"linear heads on {described['features']} features of"
+    if described["reward"] == "adapter":
+        backbone = described["base_models"][1]
+        made_of = f"PEFT adapters of `{backbone.name}` (revision `{backbone.revision}`), beside {made_of}"
     return f"""---
 library_name: coterie
 pipeline_tag: text-classification
@@ -285,7 +298,7 @@ tags: [reward-model, preferences, personalization]
 
 # {described["name"]}
 
-Rewards for the coteries of one set of annotators, as linear heads on {described["features"]} features of the encoder
+Rewards for the coteries of one set of annotators, as {made_of} the encoder
 `{encoder.name}` (revision `{encoder.revision}`). Verdict of the analysis: **{described["verdict"]}**,
 {described["coteries"]} coterie{"s" if described["coteries"] > 1 else ""}. Served: {_SERVED[described["ships"]]}.
 

@@ -37,8 +37,13 @@ def settings_options(kind: type[config.Settings], *leave_out: str) -> Callable[[
                 continue
             flag, default = f"--{name.replace('_', '-')}", field.default
             text = field.description or ""
+            variable: dict[str, Any] = {}
+            if kind.environment is not None:
+                variable = {"envvar": f"{kind.environment}{name.upper()}", "show_envvar": True}
             if isinstance(default, bool):
-                option = click.option(f"{flag}/--no-{name.replace('_', '-')}", name, default=default, help=text)
+                option = click.option(
+                    f"{flag}/--no-{name.replace('_', '-')}", name, default=default, help=text, **variable
+                )
             elif isinstance(default, dict):
                 option = click.option(flag, name, multiple=True, metavar="KEY=VALUE", help=text)
             else:
@@ -51,6 +56,7 @@ def settings_options(kind: type[config.Settings], *leave_out: str) -> Callable[[
                     type=click.Choice(choices) if literal else None if isinstance(default, int | float) else str,
                     show_default=True,
                     help=text,
+                    **variable,
                 )
             command = option(command)
         return command
@@ -152,6 +158,16 @@ def encode(comparisons: Path, out: Path, **values: Any) -> None:
 def embed(comparisons: Path, vectors: Path, out: Path, **values: Any) -> None:
     """Worker embeddings, learned jointly with the reward."""
     _echo(stages.embed(comparisons, vectors, out, read_settings(config.EmbedSettings, values)))
+
+
+@main.command()
+@click.option("--embedded", type=PathOption, required=True, help="folder of embed, whose solution it starts from")
+@click.option("--comparisons", type=PathOption, required=True, help="comparisons.parquet, or the folder of ingest")
+@click.option("--out", type=PathOption, required=True, help="is to the stages behind what the folder of embed is")
+@settings_options(config.JointSettings, "enabled")
+def joint(embedded: Path, comparisons: Path, out: Path, **values: Any) -> None:
+    """Worker embeddings learned with the reward on a trained backbone."""
+    _echo(stages.joint(embedded, comparisons, out, read_settings(config.JointSettings, values)))
 
 
 @main.command()
@@ -332,6 +348,52 @@ def assess(source: tuple[str, ...], out: Path, worthwhile: float, **values: Any)
     click.echo(stages.assess(out, ingest_settings, read_settings(config.EncodeSettings, of_encode), worthwhile))
 
 
+# ----------------------------------------------------------------------------------------------------------- feedback
+def of_feedback(command: Any) -> Any:
+    """Add the option that names the feedback database."""
+    text = "URL of the feedback database"
+    return click.option("--database", envvar="COTERIE_FEEDBACK_DATABASE", show_envvar=True, help=text)(command)
+
+
+def _database(url: str | None) -> str:
+    if url is None:
+        raise BadConfiguration("no feedback database: give --database, or set COTERIE_FEEDBACK_DATABASE")
+    return url
+
+
+@main.command()
+@click.argument("run", type=PathOption)
+@of_feedback
+@click.option("--always", is_flag=True, help="make a new run whether or not what people want has changed")
+@click.option("--out", type=PathOption, required=True)
+def refresh(run: Path, database: str | None, always: bool, out: Path) -> None:
+    """Fold feedback into RUN: posteriors always; coteries and rewards, through the gate, if what people want has changed."""
+    _echo(stages.refresh(run, _database(database), out, always))
+
+
+@main.command()
+@of_feedback
+@settings_options(config.EvaluateSettings)
+def uplift(database: str | None, **values: Any) -> None:
+    """What people's own rewards gain over the global one in agreement with feedback, by the requests held out."""
+    from coterie.uplift import uplift
+
+    _echo(uplift(_database(database), **read_settings(config.EvaluateSettings, values).model_dump()))
+
+
+@main.command()
+@click.argument("worker")
+@of_feedback
+@click.option("--run", "runs", type=PathOption, multiple=True, help="folder of a run, or of a single stage")
+@click.option("--pseudonym", is_flag=True, help="WORKER is the id as tables hold it")
+def forget(worker: str, database: str | None, runs: tuple[Path, ...], pseudonym: bool) -> None:
+    """Remove a person from the feedback database, runs, the online store and the cache; say what was removed."""
+    from coterie.ingest.pseudonyms import load_key
+    from coterie.ingest.pseudonyms import pseudonym as named
+
+    _echo(stages.forget(worker if pseudonym else named(load_key(), worker), database, runs))
+
+
 # ------------------------------------------------------------------------------------------------------------- the bundle
 def of_a_person(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that tell who asks a bundle; the command gets a person.Person as `person`."""
@@ -365,13 +427,15 @@ def score(
     bundle: Path, person: Person, profiles: Path | None, prompt: str, responses: tuple[str, ...], as_json: bool
 ) -> None:
     """Score responses for a person by the reward of their coterie; a stranger by the global one."""
+    from coterie.answers import Asked, answer
     from coterie.bundle import Bundle
     from coterie.scoring import load_scorer
 
     loaded = Bundle.load(bundle)
     scorer = functools.cache(lambda: load_scorer(loaded))
     taken = person.route(loaded, profiles or bundle.parent / "publish", scorer)
-    [prediction] = scorer().predict([RoutedInstance(prompt=prompt, responses=list(responses), route=taken)])
+    asked = Asked(RoutedInstance(prompt=prompt, responses=list(responses), routes=[taken]))
+    [prediction] = answer(scorer(), [asked])
     if as_json:
         click.echo(prediction.model_dump_json())
         return
@@ -411,10 +475,19 @@ def generate(
 @click.option("--profiles", type=PathOption, help="folder of publish; default: beside the bundle")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
-def serve(bundle: Path, profiles: Path | None, host: str, port: int) -> None:
+@click.option("--grpc-port", type=click.IntRange(1, 65535), help="also serve gRPC here")
+@click.option("--feedback/--no-feedback", default=True, show_default=True, help="take feedback")
+@settings_options(config.ServeSettings)
+@settings_options(config.FeedbackSettings)
+def serve(
+    bundle: Path, profiles: Path | None, host: str, port: int, grpc_port: int | None, feedback: bool, **values: Any
+) -> None:
     """A KServe model server with router and predictor on this machine."""
+    told = {name: values.pop(name) for name in config.FeedbackSettings.model_fields}
+    of_feedback = read_settings(config.FeedbackSettings, told) if feedback else None
+    settings = read_settings(config.ServeSettings, values)
     server = stages.adapter("serving.server")
-    server.serve(bundle, profiles or bundle.parent / "publish", port=port, host=host)
+    server.serve(bundle, profiles or bundle.parent / "publish", port, host, grpc_port, settings, of_feedback)
 
 
 def _made_in(folder: Path) -> list[Path]:
@@ -429,6 +502,8 @@ def _stage_folders(folder: Path) -> dict[str, Any]:
         "clustered": "cluster",
         "evaluated": "evaluate",
     }
+    if (folder / "joint" / STAGE_FILE).is_file():  # what cluster and the stages behind it have read
+        names["embedded"] = "joint"
     return {key: folder / name for key, name in names.items()} | {"rewards": _made_in(folder / "rewards")}
 
 

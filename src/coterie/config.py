@@ -6,7 +6,7 @@ The fields here are the command line's options, the components' parameters and t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,9 @@ class Settings(BaseModel):
     """Base of every stage's settings: frozen, and no key that is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    environment: ClassVar[str | None] = None
+    """Prefix of the environment variables that give these settings; None where none do."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -102,16 +105,9 @@ class ClusterSettings(Settings):
     seed: int = Field(default=0, ge=0)
 
 
-class RewardSettings(Settings):
-    """Rewards: a global one, and one a coterie pulled towards it."""
+class AdapterSettings(Settings):
+    """LoRA on a backbone, trained on comparisons."""
 
-    kind: Literal["head", "adapter"] = Field(
-        default="head",
-        description="head: linear, on the encoder's features; adapter: LoRA and a head on the backbone, beside the linear ones",
-    )
-    precision: Literal["auto"] | float = Field(
-        default="auto", description="heads: precision of the prior around the global head; auto: validation log-loss"
-    )
     backbone: str = Field(
         default="smollm2",
         description="adapters: smollm2, or a transformers model that AutoModelForSequenceClassification loads",
@@ -128,12 +124,36 @@ class RewardSettings(Settings):
         default=512, ge=16, description="comparisons with a longer side are not trained on, and counted"
     )
     pull: float = Field(
-        default=1.0, ge=0, description="precision of the prior that pulls a coterie's adapter towards the global one"
+        default=1.0,
+        ge=0,
+        description="precision of the prior around what training starts from: for a coterie the global adapter",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU")
     device: str = Field(default="auto", description="auto, cpu or cuda")
     checkpoint_steps: int = Field(default=100, ge=1, description="optimiser steps between two checkpoints")
     seed: int = Field(default=0, ge=0)
+
+
+class JointSettings(AdapterSettings):
+    """Worker embeddings learned on a trained backbone, with the reward and in place of those of embed."""
+
+    enabled: bool = Field(default=False, description="whether a run does it; it wants a GPU")
+
+
+class RewardSettings(AdapterSettings):
+    """Rewards: a global one, and one a coterie pulled towards it."""
+
+    kind: Literal["head", "adapter", "adapter-head"] = Field(
+        default="head",
+        description="head: linear, on the encoder's features; beside these adapter: LoRA and a head on the backbone; "
+        "adapter-head: LoRA of everybody, and a head a coterie on its hidden state",
+    )
+    precision: Literal["auto"] | float = Field(
+        default="auto", description="heads: precision of the prior around the global head; auto: validation log-loss"
+    )
+    nodes: int = Field(
+        default=1, ge=1, description="that share the training of an adapter; several: a TrainJob on a cluster"
+    )
 
 
 class AlignSettings(Settings):
@@ -202,6 +222,53 @@ class PublishSettings(Settings):
     )
 
 
+class ServeSettings(Settings):
+    """Router and predictor; each setting is also an environment variable, as in COTERIE_PROFILE_DEADLINE_MS."""
+
+    environment: ClassVar[str | None] = "COTERIE_"
+
+    profile_deadline_ms: float = Field(
+        default=25, gt=0, le=60_000, description="how long a lookup of profiles may take before a cached one serves"
+    )
+    profile_max_age_days: float = Field(default=90, gt=0, le=36_500, description="age past which a profile is stale")
+    cache_seconds: float = Field(default=10, ge=0, description="how long a profile is not looked up again")
+    cache_workers: int = Field(default=100_000, ge=1, description="workers whose profiles are kept at most")
+    profile_failures: int = Field(
+        default=5, ge=1, description="lookups that fail in a row until the store is left alone for a while"
+    )
+    profile_pause_seconds: float = Field(default=2, gt=0, description="how long it is left alone")
+    batch_texts: int = Field(default=128, ge=1, description="texts that are scored together at most")
+    batch_wait_ms: float = Field(
+        default=5, ge=0, description="how long a batch waits for as many requests as the last one had"
+    )
+    queue_texts: int = Field(default=4096, ge=1, description="texts that may wait; a request past them gets 429")
+    request_seconds: float = Field(default=30, gt=0, description="a request that takes longer gets 504")
+    max_body_mb: float = Field(default=16, gt=0, description="a larger body gets 413; in MiB")
+    grace_seconds: int = Field(default=30, ge=0, description="what is in flight has this long to end after SIGTERM")
+    policies: str = Field(
+        default="", description="an OpenAI-compatible server that holds the bundle's policies, as in http://host:port"
+    )
+    log_texts: bool = Field(default=False, description="log what people send, which may be private")
+
+
+class FeedbackSettings(Settings):
+    """What people say of what was served, and what becomes of it; also environment variables, as COTERIE_FEEDBACK_DATABASE."""
+
+    environment: ClassVar[str | None] = "COTERIE_FEEDBACK_"
+
+    database: str = Field(
+        default="sqlite:///feedback.db",
+        description="sqlite:///FILE, or postgresql+psycopg://HOST/NAME for several routers",
+    )
+    daily_cap: int = Field(
+        default=200, ge=1, description="comparisons of a worker that count in a day; more are stored and do not count"
+    )
+    holdout: float = Field(
+        default=0.0, ge=0, le=0.5, description="share of requests that the global reward answers, for comparison's sake"
+    )
+    most_waiting: int = Field(default=20_000, ge=1, description="comparisons that wait to be stored before 429 is said")
+
+
 class Recipe(Settings):
     """One run: the settings of every stage."""
 
@@ -210,6 +277,7 @@ class Recipe(Settings):
     ingest: IngestSettings = IngestSettings()
     encode: EncodeSettings = EncodeSettings()
     embed: EmbedSettings = EmbedSettings()
+    joint: JointSettings = JointSettings()
     cluster: ClusterSettings = ClusterSettings()
     reward: RewardSettings = RewardSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

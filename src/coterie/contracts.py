@@ -285,6 +285,14 @@ SCORE = Table(  # of a reward adapter: every response of held-out comparisons an
         _field("score", _float),  # raw: before center and scale
     ),
 )
+STATE = Table(  # of every response, by the global reward adapter: what linear heads on the backbone read
+    "state",
+    1,
+    (
+        _field("response_id", _string),
+        _field("state", _vector),  # the last hidden state at the last token
+    ),
+)
 PROFILE = Table("profile", 1, (*ASSIGNMENT.fields, _field("event_timestamp", _timestamp)))
 
 
@@ -306,7 +314,10 @@ FEATURE_TENSORS = ("vector_mean", "vector_scale", "components", "style_mean", "s
 LOWRANK_TENSORS = ("theta", "basis", "reliability_variance")  # [d] [d, r] [1]
 MIXTURE_TENSORS = ("theta", "weights", "reliability_variance")  # [K, d] [K] [1]
 HEAD_TENSORS = ("weight", "center", "scale")  # [d] [1] [1]; score = scale * (h @ weight - center)
-ADAPTER_FILE, SCORES_FILE = "adapter.json", "scores.parquet"  # of a reward that is an adapter of a backbone
+# Of a reward that is an adapter of a backbone; and of the global one, where other heads read its hidden state.
+ADAPTER_FILE, SCORES_FILE, STATES_FILE = "adapter.json", "scores.parquet", "states.parquet"
+JOINT_FILE = "joint.safetensors"  # what joint training starts from, beside its checkpoints
+JOINT_TENSORS = ("heads", "embeddings", "prior")  # [1 + r, hidden] [n_workers, r] [1], a comparison's share of a prior
 PERSONAL_FILE = "personal.safetensors"
 PERSONAL_TENSORS = (
     *HEAD_TENSORS,
@@ -486,6 +497,7 @@ Reason = Literal[
     "other-mixture",  # made with a mixture that the bundle does not serve
     "damaged-profile",  # values that cannot be a profile
     "profiles-unavailable",  # the profile store failed or missed its deadline
+    "holdout",  # drawn to be answered by the global reward, for comparison's sake (coterie.uplift)
 ]
 
 
@@ -508,6 +520,7 @@ class Instance(BaseModel):
     worker_id: str | None = Field(default=None, min_length=1, max_length=512)
     prompt: Text
     responses: list[Text] = Field(min_length=1, max_length=64)
+    comparisons: list[Example] = Field(default=[], max_length=64)  # of a person who has no profile yet
 
 
 class PredictRequest(BaseModel):
@@ -515,6 +528,8 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     instances: list[Instance] = Field(min_length=1, max_length=256)
+    explain: bool = False  # tell each coterie's scores, and why a route was not taken
+    next_pair: bool = False  # tell which two of the responses it would be best to ask this person about
 
 
 class Route(_Frozen):
@@ -530,12 +545,16 @@ class Route(_Frozen):
 
 
 class RoutedInstance(BaseModel):
-    """What the router makes of an instance and the predictor scores; who asked stays with the router."""
+    """What the router makes of an instance and the predictor scores; who asked stays with the router.
+
+    There is a route for every mixture of which a profile is online: the predictor takes its own mixture's.
+    """
 
     model_config = ConfigDict(extra="forbid")
     prompt: Text
     responses: list[Text] = Field(min_length=1, max_length=64)
-    route: Route = Route(source="global", reason="no-worker")
+    comparisons: list[Example] = Field(default=[], max_length=64)
+    routes: list[Route] = Field(default=[Route(source="global", reason="no-worker")], min_length=1, max_length=16)
 
 
 class RoutedRequest(BaseModel):
@@ -543,11 +562,38 @@ class RoutedRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     instances: list[RoutedInstance] = Field(min_length=1, max_length=256)
+    explain: bool = False
+    next_pair: bool = False
+
+
+class CoterieScores(_Frozen):
+    """What one coterie would say: scores [responses], by its own reward or the global one, and why by that one."""
+
+    coterie: int
+    scores: list[float]
+    serves: Literal["own", "global"]
+    reason: str
+    share: float | None  # of the served average; null where no posterior serves
+
+
+class RefusedRoute(_Frozen):
+    """A route that was not taken, and why."""
+
+    mixture_version: str | None
+    reason: Reason
+
+
+class Explanation(_Frozen):
+    """Where an answer comes from."""
+
+    by_global: list[float]  # [responses]
+    coteries: list[CoterieScores]
+    refused: list[RefusedRoute]
 
 
 class Prediction(_Frozen):
     """One answer. `source` says whose reward it is: the worker's profile's, that of their comparisons, or the global one,
-    with `reason`."""
+    with `reason`. Explanation and next pair (two positions among the responses) are there when they were asked for."""
 
     scores: list[float]
     best: int
@@ -556,6 +602,42 @@ class Prediction(_Frozen):
     source: Source
     reason: str | None = None
     model_version: str
+    mixture_version: str
+    next_pair: tuple[int, int] | None = None
+    explanation: Explanation | None = None
+
+
+class PredictResponse(_Frozen):
+    """Body of the answer to POST /v1/models/coterie:predict."""
+
+    predictions: list[Prediction]
+
+
+# The same in the Open Inference Protocol. n: instances; t: their responses one after another; K: coteries. JSON: one text
+# an instance. The flags of a request are its parameters.
+INPUT_TENSORS: dict[str, tuple[str, list[int]]] = {
+    "prompt": ("BYTES", [-1]),  # [n]
+    "response": ("BYTES", [-1]),  # [t]
+    "response_count": ("INT32", [-1]),  # [n], how many of them are each instance's; may be left out of one instance
+    "comparisons": ("BYTES", [-1]),  # [n] JSON of list[Example]; may be left out
+}
+WORKER_TENSORS = INPUT_TENSORS | {"worker_id": ("BYTES", [-1])}  # of the router: [n], empty: nobody; may be left out
+ROUTE_TENSORS = INPUT_TENSORS | {
+    "routes": ("BYTES", [-1])
+}  # of the predictor: [n] JSON of list[Route]; may be left out
+OUTPUT_TENSORS: dict[str, tuple[str, list[int]]] = {
+    "score": ("FP64", [-1]),  # [t]
+    "response_count": ("INT32", [-1]),  # [n]
+    "best": ("INT32", [-1]),  # [n]
+    "coterie": ("INT32", [-1]),  # [n], -1: none
+    "posterior": ("FP64", [-1, -1]),  # [n, K], zeros: none
+    "source": ("BYTES", [-1]),  # [n]
+    "reason": ("BYTES", [-1]),  # [n], empty: none
+    "model_version": ("BYTES", [-1]),  # [n]
+    "mixture_version": ("BYTES", [-1]),  # [n]
+    "next_pair": ("INT32", [-1, 2]),  # [n, 2], -1: none; when asked for
+    "explanation": ("BYTES", [-1]),  # [n] JSON of Explanation; when asked for
+}
 
 
 def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

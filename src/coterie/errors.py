@@ -31,3 +31,13 @@ class RunFailed(CoterieError):
 
 class BackendUnavailable(CoterieError):
     """Something that this program talks to does not answer: an object store, Feast, a Kubeflow API."""
+
+
+class StorageFull(BackendUnavailable):
+    """A database has no room for what it was given."""
+
+
+class Conflict(CoterieError):
+    """What was sent contradicts what is stored under the same id."""
+
+    exit_code = 2

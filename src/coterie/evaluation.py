@@ -45,7 +45,7 @@ from coterie.discovery.pooled import ReliabilityReward
 from coterie.discovery.votes import VoteFile, Votes, joined, load_votes
 from coterie.errors import BadData
 from coterie.portraits import calibration_curve, likes, style_weights
-from coterie.rewards import PersonalHead, RewardHead, served_heads, serving_own
+from coterie.rewards import RewardHead, served_heads, serving_own
 from coterie.rewards.scored import HeldoutMargins, has_adapter
 from coterie.scoring import average
 
@@ -56,11 +56,12 @@ _DECILE_COMPARISONS = 5  # a worker's accuracy over fewer is noise, not a bad re
 
 @dataclass(frozen=True)
 class _Judged:
-    """Comparisons of one split with every model's margins: global and own heads [n, 1 + K], shipped [n]."""
+    """Comparisons of one split with every model's margins: global and own heads [n, 1 + K], by embedding [n]."""
 
     votes: Votes
     margins: Array
     bootstrap: TwoWayBootstrap
+    personal: Array | None = None
 
     def quality(self, margin: Array, workers: Array, other: Array | None = None) -> Quality:
         """Accuracy and log-loss of margins [n], or their paired difference to those of `other` [n]."""
@@ -110,7 +111,10 @@ def evaluate(
         raise BadData(f"no reward of coterie {', '.join(map(str, missing))}; run `coterie reward` for all of them")
     features = FeatureMap.load(embedded / FEATURES_FILE)
     models = [rewards[GLOBAL], *(rewards[f"coterie-{k}"] for k in range(n_coteries))]
-    validation, test = (_judge(embedded, comparisons, split, models, settings) for split in (VALIDATION, TEST))
+    personal, places = rewards.get(EMBEDDING_REWARD), matrix(table["embedding"])
+    validation, test = (
+        _judge(embedded, comparisons, split, models, personal, places, settings) for split in (VALIDATION, TEST)
+    )
     people = [coterie == k for k in range(n_coteries)]
     everybody = np.ones(len(coterie), dtype=bool)
 
@@ -121,13 +125,11 @@ def evaluate(
         served = [1 + k if own else 0 for k, own in enumerate(serving_own(gates))]
         shipped = average(test.margins[:, served], posterior[test.votes.worker])
     elif ships == "embedding":
-        if EMBEDDING_REWARD not in rewards:
+        if validation.personal is None or test.personal is None:
             raise BadData("people are to be served by their embedding, and no reward does that; run `coterie reward`")
-        personal, places = PersonalHead.load(rewards[EMBEDDING_REWARD]), matrix(table["embedding"])
-        own = personal.margin(validation.votes.x, places[validation.votes.worker])
-        gates.append(_gate(None, validation, everybody, own, 2))
+        gates.append(_gate(None, validation, everybody, validation.personal, 2))
         if gates[-1].serves == "own":
-            shipped = personal.margin(test.votes.x, places[test.votes.worker])
+            shipped = test.personal
         else:
             ships = "one-reward"
     overall, gain = test.quality(shipped, everybody), test.quality(shipped, everybody, common)
@@ -247,12 +249,21 @@ def _precisions(rewards: Mapping[str, Path], share: float) -> dict[str, float]:
 
 
 def _judge(
-    embedded: Path, comparisons: Path | None, split: str, models: list[Path], settings: EvaluateSettings
+    embedded: Path,
+    comparisons: Path | None,
+    split: str,
+    models: list[Path],
+    personal: Path | None,
+    places: Array,
+    settings: EvaluateSettings,
 ) -> _Judged:
+    """Judge the rewards in `models`, the global one first, and that by embedding in `personal`, of workers at places [n, r]."""
     votes = load_votes(embedded / "differences.parquet", split)
     told = HeldoutMargins(embedded, comparisons, split, votes.x)
     margins = np.stack([told.of(folder) for folder in models], axis=1)
-    return _Judged(votes, margins, TwoWayBootstrap(votes, settings.replicates, settings.level, settings.seed))
+    own = None if personal is None else told.by_embedding(personal, models[0], places[votes.worker])
+    bootstrap = TwoWayBootstrap(votes, settings.replicates, settings.level, settings.seed)
+    return _Judged(votes, margins, bootstrap, own)
 
 
 def _gate(k: int | None, validation: _Judged, people: Array, own: Array, coteries: int) -> Gate:

@@ -9,6 +9,7 @@ the same seed has not seen these prompts either.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def _serve(scorer: Scorer, comparisons: Path, encoder: Encoder | None) -> _Serve
         ids = table.filter(pc.equal(table["split"].cast(pa.string()), VALIDATION))["comparison_id"].to_pylist()
         posterior, places = scorer.infer(train)
     if bundle.personal is not None:
-        return _Served(votes, bundle.personal.margin(votes.x, places[votes.worker]), ids)
+        x = votes.x if bundle.manifest.reward == "head" else _sides(scorer.read, comparisons, ids)
+        return _Served(votes, bundle.personal.margin(x, places[votes.worker]), ids)
     if bundle.manifest.ships == "one-reward":
         posterior = np.ones((votes.n_workers, 1))
     return _Served(votes, average(_margins(scorer, comparisons, votes, ids), posterior[votes.worker]), ids)
@@ -106,8 +108,18 @@ def _margins(scorer: Scorer, comparisons: Path, votes: Votes, ids: list[str]) ->
     names = [GLOBAL] if bundle.manifest.ships == "one-reward" else scorer.served
     if bundle.manifest.reward == "head":
         return np.stack([bundle.heads[name].margin(votes.x) for name in names], axis=1)
+
+    def scores(prompts: list[str], responses: list[str]) -> Array:
+        found = scorer.by_adapter(prompts, responses)
+        return np.stack([found[name] for name in names], axis=1)
+
+    return _sides(scores, comparisons, ids)
+
+
+def _sides(read: Callable[[list[str], list[str]], Array], comparisons: Path, ids: list[str]) -> Array:
+    """What is read of the chosen less that of the rejected responses, [n, ...], of comparisons by id."""
     table = COMPARISON.read(comparisons, ["comparison_id", "prompt", "chosen", "rejected"])
     rows = table.take(pc.index_in(pa.array(ids), table["comparison_id"].combine_chunks()))
     prompts = rows["prompt"].to_pylist()
-    chosen, rejected = (scorer.by_adapter(prompts, rows[side].to_pylist()) for side in ("chosen", "rejected"))
-    return np.stack([chosen[name] - rejected[name] for name in names], axis=1)
+    chosen, rejected = (read(prompts, rows[side].to_pylist()) for side in ("chosen", "rejected"))
+    return chosen - rejected

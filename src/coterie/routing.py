@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from coterie.contracts import Reason, Route
+from coterie.contracts import GLOBAL, PolicyGate, Reason, Route
 
 MAX_AGE = timedelta(days=90)
 """Age past which a profile is stale, unless the server was told otherwise; also the time to live in Feast."""
@@ -40,12 +40,9 @@ class Profile:
 class ProfileSource(Protocol):
     """Where profiles come from."""
 
-    def get(self, worker_ids: Sequence[str]) -> list[Profile | None]:
-        """The profile of each worker, None for one who has none.
-
-        Raises:
-            BackendUnavailable: the store failed, or did not answer in time.
-        """
+    async def get(self, worker_ids: Sequence[str]) -> list[tuple[Profile, ...] | None]:
+        """Each worker's profiles, one a mixture that is online: none for a stranger, None where the store failed or missed
+        its deadline."""
         ...
 
 
@@ -80,6 +77,19 @@ def route(profile: Profile | None, mixture_version: str, now: datetime, max_age:
     )
 
 
+def choose(routes: Sequence[Route], mixture_version: str, coteries: int, rank: int | None = None) -> Route:
+    """The route that a predictor takes of those offered: the first that `confirm` leaves as it is, else the global reward.
+
+    The reason is one that concerns the predictor's own mixture, if there is any: that there are profiles of others as well
+    says less.
+    """
+    confirmed = [confirm(given, mixture_version, coteries, rank) for given in routes]
+    for taken in confirmed:
+        if taken.source != "global":
+            return taken
+    return next((taken for taken in confirmed if taken.reason != "other-mixture"), confirmed[0])
+
+
 def confirm(given: Route, mixture_version: str, coteries: int, rank: int | None = None) -> Route:
     """The route as the predictor takes it: its own mixture decides, whoever chose the route.
 
@@ -100,6 +110,18 @@ def confirm(given: Route, mixture_version: str, coteries: int, rank: int | None 
     if rank is not None and not (len(embedding) == rank and np.isfinite(embedding).all()):
         return fall_back("damaged-profile")
     return given
+
+
+def policy_of(gates: Sequence[PolicyGate], coterie: int | None) -> str:
+    """The policy that the gates let answer people of a coterie, or a stranger (None): start, global or coterie-<k>.
+
+    A coterie without a gate is served as strangers are.
+    """
+    by_coterie = {gate.coterie: gate.serves for gate in gates}
+    own = None if coterie is None else by_coterie.get(coterie)
+    if own == "own":
+        return f"coterie-{coterie}"
+    return GLOBAL if by_coterie.get(None) == "own" and own != "start" else "start"
 
 
 def is_posterior(values: Sequence[float]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,14 +12,14 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.config import EncodeSettings
-from coterie.contracts import GLOBAL, MIXTURE_FILE, MODEL_FILE, Example, Prediction, Route, RoutedInstance
+from coterie.contracts import GLOBAL, MIXTURE_FILE, MODEL_FILE, Example, Route
 from coterie.discovery import LowRankReward, MixtureReward, Votes
 from coterie.discovery.newcomers import tempered, tempered_embedding
 from coterie.discovery.votes import VoteSet
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
 from coterie.rewards import serving_own
-from coterie.routing import confirm, fall_back
+from coterie.routing import fall_back
 
 Array = NDArray[np.floating]
 
@@ -45,7 +46,8 @@ def average(scores: Array, posterior: Array) -> Array:
 
     The scores are calibrated, each by its own head, so that they are on one scale (docs/method, section 5).
     """
-    averaged: Array = (scores * leading_coteries(posterior)).sum(axis=1)
+    shares = leading_coteries(posterior)
+    averaged: Array = (np.where(shares > 0, scores, 0.0) * shares).sum(axis=1)
     return averaged
 
 
@@ -56,11 +58,13 @@ class Question(NamedTuple):
     responses: Sequence[str]
     posterior: Sequence[float] | None = None  # [K]
     embedding: Sequence[float] | None = None  # [rank]; serves where the bundle ships "embedding"
+    everything: bool = True  # by every reward, not by those alone that serve this person
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of one instance's responses: what is served [n], by the global head [n], by each coterie's [n, K]."""
+    """Scores of one instance's responses: what is served [n], by the global reward [n], by each coterie's [n, K]; NaN where
+    the question did not ask for everything and an adapter was spared."""
 
     scores: Array
     by_global: Array
@@ -87,6 +91,7 @@ class Scorer:
                 f"{encoder.revision}. Install that revision, or make the bundle again."
             )
         self.bundle, self._encoder = bundle, encoder
+        self._encoding = threading.Lock()  # tokenizers are not for several threads
         own = serving_own(bundle.manifest.gates)
         self.served = [f"coterie-{k}" if own[k] else GLOBAL for k in range(bundle.manifest.coteries)]
         self._adapters = None
@@ -114,11 +119,11 @@ class Scorer:
         """
         prompts = [question.prompt for question in questions for _ in question.responses]
         responses = [text for question in questions for text in question.responses]
-        linear = self._adapters is None or self.bundle.personal is not None
-        h = self.features(prompts, responses) if linear else np.empty((len(prompts), 0))
         if self._adapters is not None:
-            scores = self.by_adapter(prompts, responses)
+            states = self._adapters.states(prompts, responses, self._wanted(questions))
+            scores, h = self._adapters.of_states(states), states[GLOBAL]  # what the reward by embedding reads
         else:
+            h = self.features(prompts, responses)
             scores = {name: self.bundle.heads[name].score(h) for name in {GLOBAL, *self.served}}
         by_global = scores[GLOBAL]
         by_coterie = np.stack([scores[name] for name in self.served], axis=1)
@@ -131,6 +136,20 @@ class Scorer:
                 served = self._personal(question, h[rows], by_coterie[rows])
             scored.append(Scored(served, by_global[rows], by_coterie[rows]))
         return scored
+
+    def _wanted(self, questions: Sequence[Question]) -> dict[str, Array]:
+        """Which of all responses [n] each reward is needed for."""
+        wanted: dict[str, list[Array]] = {name: [] for name in dict.fromkeys([GLOBAL, *self.served])}
+        for question in questions:
+            needed = {GLOBAL}
+            if question.everything:
+                needed = set(wanted)
+            elif question.posterior is not None and self.bundle.personal is None:
+                shares = leading_coteries(np.array([question.posterior]))[0]
+                needed = {name for name, share in zip(self.served, shares, strict=False) if share}
+            for name, rows in wanted.items():
+                rows.append(np.full(len(question.responses), name in needed))
+        return {name: np.concatenate(rows) for name, rows in wanted.items()}
 
     def _personal(self, question: Question, h: Array, by_coterie: Array) -> Array:
         posterior, embedding = np.asarray(question.posterior, dtype=np.float64), question.embedding
@@ -179,35 +198,28 @@ class Scorer:
         posterior = tempered(mixture.infer(votes)[0], mixture.weights_, manifest.temperature)
         return posterior, tempered_embedding(mean, covariance, manifest.temperature)[0]
 
-    def predict(self, instances: Sequence[RoutedInstance]) -> list[Prediction]:
-        """Answer routed instances; a route that this bundle cannot follow falls back to the global reward."""
-        manifest = self.bundle.manifest
-        rank = manifest.rank if self.bundle.personal is not None else None
-        routes = [confirm(instance.route, manifest.mixture_version, manifest.coteries, rank) for instance in instances]
-        scored = self.score_many(
-            [Question(i.prompt, i.responses, r.posterior, r.embedding) for i, r in zip(instances, routes, strict=True)]
-        )
-        return [
-            Prediction(
-                scores=result.scores.tolist(),
-                best=int(np.argmax(result.scores)),
-                coterie=route.coterie,
-                posterior=route.posterior,
-                source=route.source,
-                reason=route.reason,
-                model_version=manifest.model_version,
-            )
-            for route, result in zip(routes, scored, strict=True)
-        ]
-
     def by_adapter(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Array]:
         """Calibrated scores [n] of responses to prompts by each adapter that serves; where linear heads serve, there are none."""
         return {} if self._adapters is None else self._adapters.score(prompts, responses)
 
+    def read(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """What the reward by embedding reads of responses, [n, d]: their features, or the global adapter's hidden state."""
+        if self._adapters is None:
+            return self.features(prompts, responses)
+        return self._adapters.states(prompts, responses, {GLOBAL: np.ones(len(prompts), dtype=bool)})[GLOBAL]
+
+    def by_reward(self, name: str, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """Calibrated scores [n] of responses to prompts by one reward that serves, and no other: global or coterie-<k>."""
+        if self._adapters is None:
+            return self.bundle.heads[name].score(self.features(prompts, responses))
+        states = self._adapters.states(prompts, responses, {name: np.ones(len(prompts), dtype=bool)})
+        return self._adapters.of_states(states)[name]
+
     def features(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """h [n, d] of responses to prompts."""
         texts = [self._encoder.text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        vectors = self._encoder.encode(texts)
+        with self._encoding:
+            vectors = self._encoder.encode(texts)
         h: Array = self.bundle.features.transform(vectors, style_features(list(prompts), list(responses)))
         return h
 

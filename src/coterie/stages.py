@@ -18,12 +18,13 @@ from coterie.config import (
     EncodeSettings,
     EvaluateSettings,
     IngestSettings,
+    JointSettings,
     JudgeSettings,
     PublishSettings,
     RewardSettings,
     Settings,
 )
-from coterie.errors import BadConfiguration, BadData
+from coterie.errors import BackendUnavailable, BadConfiguration, BadData, CoterieError
 from coterie.staging import STAGE_FILE, Work, read_metrics, record_of, stage, versions
 
 COMPARISONS, QUARANTINE, VECTORS = "comparisons.parquet", "quarantine.parquet", "vectors.parquet"
@@ -70,6 +71,15 @@ def embed(comparisons: Path, vectors: Path, out: Path, settings: EmbedSettings) 
     return stage("embed", settings, inputs, out, work)
 
 
+def joint(embedded: Path, comparisons: Path, out: Path, settings: JointSettings) -> dict[str, Any]:
+    """Worker embeddings learned together with the reward on a trained backbone, in place of those of `embedded`."""
+    from coterie.rewards.joint import joint
+
+    inputs = {"embedded": embedded, "comparisons": _inside(comparisons, COMPARISONS)}
+    work: Work = lambda folder: joint(embedded, inputs["comparisons"], folder, settings)  # noqa: E731
+    return stage("joint", settings, inputs, out, work)
+
+
 def cluster(embedded: Path, out: Path, settings: ClusterSettings, previous: Path | None = None) -> dict[str, Any]:
     """The verdict, the coteries, every worker's posterior; ids of a `previous` clustering are kept by the same people."""
     from coterie.discovery import cluster
@@ -109,7 +119,7 @@ def reward(
 
     if (coterie is None) != (global_reward is None):
         raise BadConfiguration("a coterie's reward starts from the global one: give both coterie and global_reward")
-    texts = _texts(comparisons) if settings.kind == "adapter" else {}  # linear heads do not depend on them
+    texts = {} if settings.kind == "head" else _texts(comparisons)  # linear heads do not depend on them
     inputs = {"embedded": embedded, "clustered": clustered, **texts}
     if global_reward is not None:
         inputs["global_reward"] = global_reward
@@ -309,6 +319,94 @@ def assess(out: Path, ingest_settings: IngestSettings, encode_settings: EncodeSe
     contracts.write_text(out / "assessment.json", assessment.model_dump_json(indent=1))
     contracts.write_text(out / "assessment.md", text)
     return text
+
+
+def refresh(run: Path, database: str, out: Path, always: bool = False) -> dict[str, Any]:
+    """Fold the feedback database into a run: posteriors always; coteries and rewards if what people want has changed.
+
+    Has it changed, a new run is made in `out`/run, with the settings of the old one, of its sources and the feedback; it
+    is taken if it passes the gate between versions. `out`/clustered is then what to publish, `serves` whose bundle to serve.
+
+    Args:
+        run: folder of the run whose bundle serves.
+        database: URL of the feedback database.
+        always: make the new run whether or not anything has changed.
+
+    Raises:
+        BadData: no feedback yet, or `run` is not a finished run.
+    """
+    from coterie.feedback.database import Database
+    from coterie.feedback.refresh import fold_posteriors, newer, note_trained
+
+    def as_in(name: str, kind: Any, **changes: Any) -> Any:
+        if not (record := record_of(run / name)):
+            raise BadData(f"{run / name}: not the folder of a finished stage. Give the folder of a whole run.")
+        return kind.of(**record["settings"] | changes)
+
+    ingest(out / "ingest", as_in("ingest", IngestSettings, source=[database], format="auto", columns={}))
+    encode(out / "ingest", out / "encode", as_in("encode", EncodeSettings))
+    changed: dict[str, Any] = {"drifted": False, "reason": "not told: no new votes of workers whom the run knows"}
+    if newer(run, out / "ingest", out / "newer"):
+        changed = drift(run / "embed", run / "cluster", out / "newer", out / "encode", out / "drift")
+    decision: dict[str, Any] = {"promote": False, "reason": "no new run was made"}
+    if changed["drifted"] or always:
+        made, sources = out / "run", as_in("ingest", IngestSettings).source
+        texts = made / "ingest"
+        ingest(texts, as_in("ingest", IngestSettings, source=[*sources, database]))
+        encode(texts, made / "encode", as_in("encode", EncodeSettings))
+        embed(texts, made / "encode", made / "embed", as_in("embed", EmbedSettings))
+        clustered = cluster(made / "embed", made / "cluster", as_in("cluster", ClusterSettings), run / "cluster")
+        of_reward, common = as_in("rewards/global", RewardSettings), made / "rewards" / contracts.GLOBAL
+        reward(made / "embed", made / "cluster", common, of_reward, comparisons=texts)
+        rewards = [common]
+        for k in audiences(clustered):
+            rewards.append(made / "rewards" / reward_name(k))
+            reward(made / "embed", made / "cluster", rewards[-1], of_reward, k, common, texts)
+        judging = as_in("evaluate", EvaluateSettings)
+        evaluate(made / "embed", made / "cluster", rewards, made / "evaluate", judging, texts)
+        folders = (texts, made / "encode", made / "embed", made / "cluster", rewards, made / "evaluate")
+        bundle(*folders, made / "bundle", as_in("bundle", BundleSettings))
+        report(*folders, made / "report")
+        decision = promote(made / "bundle", run / "bundle", texts, out / "promote", judging)
+    serves = out / "run" if decision["promote"] else run
+    opened = Database(database)
+
+    def work(folder: Path) -> dict[str, Any]:
+        if decision["promote"]:
+            return note_trained(serves, folder, opened)
+        return fold_posteriors(run, out / "ingest", out / "encode", folder, opened)
+
+    inputs = {"run": serves / "cluster", "ingested": out / "ingest", "encoded": out / "encode"}
+    try:
+        folded = stage("clustered", Settings(), inputs, out / "clustered", work, reuse=False)
+    finally:
+        opened.close()
+    result = {
+        **folded,
+        "drifted": changed["drifted"],
+        "drift": changed["reason"],
+        "promoted": decision["promote"],
+        "promotion": decision["reason"],
+        "serves": str(serves),
+    }
+    contracts.write_text(out / "refresh.json", json.dumps(result, indent=1))
+    return result
+
+
+def forget(worker: str, database: str | None, runs: Sequence[Path]) -> dict[str, Any]:
+    """Remove a worker, by the id that tables hold, from the feedback database, runs, the online store and the cache."""
+    from coterie.forget import forget
+
+    def take_offline(folder: Path, worker: str) -> bool:
+        store = adapter("feature_repo.store")
+        try:
+            return bool(store.remove(store.open_store(folder), worker))
+        except CoterieError:
+            raise
+        except Exception as error:  # whatever the store's backend raises
+            raise BackendUnavailable(f"{folder}: the online store did not remove the profile: {error}") from error
+
+    return forget(worker, database, runs, take_offline)
 
 
 def reward_name(coterie: int | str | None) -> str:

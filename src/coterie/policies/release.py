@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from coterie.bundle import CARD_FILE, RECORDS, Bundle, seal
-from coterie.contracts import GLOBAL, BaseModelReference, PolicyGate
+from coterie.contracts import BaseModelReference, PolicyGate
 from coterie.errors import BadBundle, BadData
 from coterie.policies.policy import START, Policy, PolicyCard
+from coterie.routing import policy_of
 
 _POLICIES = "policies"
 
@@ -32,7 +33,7 @@ def bundle_policies(bundle: Path, policies: Mapping[str, Path], judged: Path, ou
     """
     loaded = Bundle.load(bundle)
     gates = [PolicyGate(**gate) for gate in json.loads((judged / "metrics.json").read_text(encoding="utf-8"))["gates"]]
-    serving = {START} | {_served(gates, gate.coterie) for gate in gates}
+    serving = {START} | {policy_of(gates, gate.coterie) for gate in gates}
     if missing := sorted(serving - policies.keys()):
         raise BadData(f"{', '.join(missing)}: a policy that is to serve is not among those given; run `coterie align`")
     for name in loaded.manifest.files:
@@ -58,22 +59,13 @@ def load_policy(bundle: Bundle, coterie: int | None, device: str = "auto", dtype
     """
     if not bundle.manifest.policies:
         raise BadBundle(f"{bundle.path}: holds no policies; it scores answers and writes none. Run `coterie align`.")
-    name = _served(bundle.manifest.policies, coterie)
+    name = policy_of(bundle.manifest.policies, coterie)
     return name, Policy.load(bundle.path / _POLICIES / name, device, dtype)
-
-
-def _served(gates: list[PolicyGate], coterie: int | None) -> str:
-    """The name of the policy that the gates let serve; a coterie without a gate is served as strangers are."""
-    by_coterie = {gate.coterie: gate.serves for gate in gates}
-    own = None if coterie is None else by_coterie.get(coterie)
-    if own == "own":
-        return f"coterie-{coterie}"
-    return GLOBAL if by_coterie.get(None) == "own" and own != "start" else START
 
 
 def _section(gates: list[PolicyGate], card: PolicyCard, serving: set[str]) -> str:
     rows = "\n".join(
-        f"| {'strangers' if gate.coterie is None else gate.coterie} | {_served(gates, gate.coterie)} | {gate.reason} |"
+        f"| {'strangers' if gate.coterie is None else gate.coterie} | {policy_of(gates, gate.coterie)} | {gate.reason} |"
         for gate in sorted(gates, key=lambda gate: -1 if gate.coterie is None else gate.coterie)
     )
     return f"""

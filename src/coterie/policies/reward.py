@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, Self
 
@@ -35,7 +36,7 @@ def bundle_reward(path: Path, coterie: int | Literal["global"]) -> TextReward:
         BadConfiguration: it has no such coterie.
     """
     from coterie.bundle import Bundle
-    from coterie.scoring import Question, load_scorer
+    from coterie.scoring import load_scorer
 
     bundle = Bundle.load(path)
     if coterie != GLOBAL and not 0 <= int(coterie) < bundle.manifest.coteries:
@@ -43,13 +44,7 @@ def bundle_reward(path: Path, coterie: int | Literal["global"]) -> TextReward:
             f"{path}: no coterie {coterie}; the bundle has {bundle.manifest.coteries}, numbered from 0."
         )
     scorer = load_scorer(bundle)
-
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        questions = [Question(prompt, [response]) for prompt, response in zip(prompts, responses, strict=True)]
-        scored = scorer.score_many(questions)
-        return np.array([one.by_global[0] if coterie == GLOBAL else one.by_coterie[0, int(coterie)] for one in scored])
-
-    return reward
+    return partial(scorer.by_reward, GLOBAL if coterie == GLOBAL else scorer.served[int(coterie)])
 
 
 class Earned(NamedTuple):

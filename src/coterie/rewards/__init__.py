@@ -3,7 +3,6 @@
 from coterie.rewards.heads import (
     SMALLEST_RESPONSIBILITY,
     FittedHead,
-    PersonalHead,
     RewardHead,
     fit_coterie,
     fit_global,
@@ -11,6 +10,7 @@ from coterie.rewards.heads import (
     served_heads,
     serving_own,
 )
+from coterie.rewards.personal import PersonalHead
 from coterie.rewards.train import train_reward
 
 __all__ = [

@@ -13,34 +13,53 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from coterie.backbones import backbone_source, device_of, dtype_of, revision_of
 from coterie.config import RewardSettings
-from coterie.contracts import ADAPTER_FILE, SCORE, SCORES_FILE, TRAIN, VALIDATION, write_text
+from coterie.contracts import (
+    ADAPTER_FILE,
+    JOINT_FILE,
+    SCORE,
+    SCORES_FILE,
+    STATE,
+    STATES_FILE,
+    TRAIN,
+    VALIDATION,
+    replacing,
+    write_text,
+)
 from coterie.discovery.votes import Array
 from coterie.errors import BadBundle, BadConfiguration, BadData
-from coterie.progress import progress
-from coterie.rewards.backbone import load_model, load_tokenizer, tokenized
+from coterie.rewards.backbone import last_states, load_model, load_tokenizer, tokenized
 from coterie.rewards.examples import TextComparisons
 from coterie.rewards.heads import RewardHead, mean_loss
 from coterie.rewards.scored import ScoredResponses, has_adapter
 
-_BATCH, _UNWATCHED = 32, 4  # responses scored at a time; batches of a request, which is worth no progress bar
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# PEFT's names.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+HEAD_WEIGHT = "base_model.model.score.weight"
 
 
 class AdapterRewards:
-    """Rewards that are adapters of one backbone, which is held once; make one with `load`."""
+    """Rewards that are adapters of one backbone, which is held once; make one with `load`.
 
-    def __init__(self, model: Any, tokenizer: Any, told: Mapping[str, Mapping[str, Any]]) -> None:
+    The heads of rewards that share their LoRA weights read the same hidden states.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, told: Mapping[str, Mapping[str, Any]], reads: Mapping[str, str]
+    ) -> None:
         self._model, self._tokenizer, self._told = model, tokenizer, told
+        self._reads = reads  # of each reward, the name under which the model has its LoRA
         self._lock = threading.Lock()  # which adapter is active is a state of the model
 
     @classmethod
@@ -53,7 +72,7 @@ class AdapterRewards:
         """
         from peft import PeftModel
 
-        told = {name: _told(folder) for name, folder in folders.items()}
+        told = {name: _told(folder) | {"weight": score_weight(folder)} for name, folder in folders.items()}
         backbones = {(one["backbone"], one["revision"]) for one in told.values()}
         if len(backbones) != 1:
             raise BadBundle(
@@ -67,49 +86,75 @@ class AdapterRewards:
                 f"adapters of {backbone} at revision {revision}; here it is at {found}. Install that revision, or train the "
                 "rewards again."
             )
-        for name, folder in folders.items():
+        first: dict[str, str] = {}
+        reads = {name: first.setdefault(_lora_digest(folder), name) for name, folder in folders.items()}
+        for name in first.values():
             if name == next(iter(folders)):
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                model = PeftModel.from_pretrained(model, str(folders[name]), adapter_name=name)
             else:
-                model.load_adapter(str(folder), name)
-        return cls(model.to(place).eval(), tokenizer, told)
+                model.load_adapter(str(folders[name]), name)
+        return cls(model.to(place).eval(), tokenizer, told, reads)
+
+    def states(
+        self, prompts: Sequence[str], responses: Sequence[str], wanted: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Hidden states [n, hidden] of responses by reward, one pass of a response for those that share their LoRA weights.
+
+        Args:
+            prompts, responses: [n].
+            wanted: by reward, which of the responses [n] bool it is asked about; the others come out NaN. Default: all.
+        """
+        if wanted is None:
+            wanted = dict.fromkeys(self._told, np.ones(len(prompts), dtype=bool))
+        asked: dict[str, Array] = {}
+        for name, rows in wanted.items():
+            lora = self._reads[name]
+            asked[lora] = asked.get(lora, False) | rows
+        tokens, loras, at = [], [], {}
+        for lora, rows in asked.items():
+            at[lora] = np.flatnonzero(rows)
+            asks, answers = ([of[row] for row in at[lora].tolist()] for of in (prompts, responses))
+            tokens += tokenized(self._tokenizer, asks, answers, self._told[lora]["max_tokens"])[0]
+            loras += [lora] * len(at[lora])
+        with self._lock, self._mixed(loras) as forward:
+            read = last_states(self._model.get_base_model(), tokens, forward)
+        by_lora, end = {}, 0
+        for lora, rows in at.items():
+            start, end = end, end + len(rows)
+            by_lora[lora] = np.full((len(prompts), read.shape[1]), np.nan, dtype=read.dtype)
+            by_lora[lora][rows] = read[start:end]
+        return {name: by_lora[self._reads[name]] for name in wanted}
+
+    @contextmanager
+    def _mixed(self, loras: Sequence[str]) -> Iterator[Callable[..., Any]]:
+        """What `last_states` takes as forward for rows with these LoRA weights [n]: PEFT runs a batch of several in one pass."""
+        model, classifier = self._model, self._model.get_base_model()
+        seen: list[Any] = []
+        backbone = getattr(classifier, classifier.base_model_prefix)
+        hook = backbone.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+
+        def forward(rows: Sequence[int], **inputs: Any) -> Any:
+            names = [loras[row] for row in rows]
+            if len(set(names)) == 1:
+                model.set_adapter(names[0])
+                backbone(**inputs, use_cache=False)
+            else:  # the heads, which are read elsewhere, come along
+                model(**inputs, use_cache=False, adapter_names=names)
+            return seen.pop()
+
+        try:
+            yield forward
+        finally:
+            hook.remove()
+
+    def of_states(self, states: Mapping[str, Array]) -> dict[str, Array]:
+        """Calibrated scores [n] by each reward of what `states` gives."""
+        told = {name: self._told[name] for name in states}
+        return {name: one["scale"] * (states[name] @ one["weight"] - one["center"]) for name, one in told.items()}
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Array]:
         """Calibrated scores [n] of responses by each reward. The composition of a batch does not matter."""
-        scores = {}
-        for name, told in self._told.items():
-            tokens, _ = tokenized(self._tokenizer, prompts, responses, told["max_tokens"])
-            with self._lock:
-                self._model.set_adapter(name)
-                raw = raw_scores(self._model, tokens)
-            scores[name] = told["scale"] * (raw - told["center"])
-        return scores
-
-
-def raw_scores(model: Any, tokens: Sequence[Array]) -> Array:
-    """Scores [n] of token ids by the active adapter of a PeftModel, before center and scale."""
-    import torch
-
-    classifier, device = model.get_base_model(), model.device
-    backbone = getattr(classifier, classifier.base_model_prefix)
-    scores = np.empty(len(tokens))
-    order = np.argsort([-len(ids) for ids in tokens], kind="stable")
-    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=classifier.dtype == torch.bfloat16)
-    starts: Any = range(0, len(order), _BATCH)
-    with torch.inference_mode():
-        for start in progress(starts, desc="scores", unit="batches") if len(starts) > _UNWATCHED else starts:
-            rows = order[start : start + _BATCH].tolist()
-            lengths = torch.tensor([len(tokens[row]) for row in rows])
-            # Padding on the right: under causal attention no token sees what is behind it.
-            ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-            for line, row in zip(ids, rows, strict=True):
-                line[: len(tokens[row])] = torch.from_numpy(tokens[row])
-            mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-            with bfloat16:
-                hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
-            last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
-            scores[rows] = classifier.score(last.float()).squeeze(-1).cpu().numpy()
-    return scores
+        return self.of_states(self.states(prompts, responses))
 
 
 def train_adapter(
@@ -121,6 +166,7 @@ def train_adapter(
     audience: Array,
     reliability: Array,
     global_reward: Path | None = None,
+    keep_states: bool = False,
 ) -> dict[str, Any]:
     """Train an adapter and write it to `out`, with its tokenizer, adapter.json and scores.parquet.
 
@@ -131,6 +177,7 @@ def train_adapter(
         workers: ids [n_workers].
         global_reward: folder of the global reward, whose adapter a coterie's starts from and is pulled towards; None:
             train the global one.
+        keep_states: leave the hidden states of all responses in states.parquet, for heads that read them.
 
     Returns:
         adapter_train_log_loss, over the last tenth of the training, and adapter_validation_log_loss, in nats a comparison
@@ -160,11 +207,15 @@ def train_adapter(
     rows = rows[~over]
     told: dict[str, Any] = {"over_long": int(over.sum()), "over_long_by_worker": dict(sorted(by_worker.items()))}
     if len(rows) >= settings.batch_size:
-        told |= _train(asked, rows, tokens, tokenizer, settings, global_reward, out)
+        told |= train_on(asked, rows, tokens, settings, out, global_reward)
+        _write_scores(asked, tokens, tokenizer, settings, out, keep_states)
     else:
         few = f"{len(rows)} training comparisons, fewer than a batch of {settings.batch_size}"
         if global_reward is None:
-            raise BadData(f"{comparisons}: {few}, are left to train a reward adapter on. Lower reward.batch_size.")
+            raise BadData(
+                f"{comparisons}: {few}, are left to train a reward adapter on, without {told['over_long']} with a side of more "
+                "than reward.max_tokens. Raise that, or lower reward.batch_size."
+            )
         for name in (*_PEFT_FILES, ADAPTER_FILE, SCORES_FILE):
             shutil.copyfile(global_reward / name, out / name)
         told |= {"served_by": f"the global adapter: there are {few}", "steps": 0, "curve": []}
@@ -175,24 +226,39 @@ def train_adapter(
     return told
 
 
-def _train(
+def train_on(
     asked: TextComparisons,
     rows: Array,
     tokens: Sequence[Array],
-    tokenizer: Any,
     settings: RewardSettings,
-    start: Path | None,
     out: Path,
+    start: Path | None = None,
+    joint: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
-    """Train on `rows`, in a folder of checkpoints that outlives a kill, and write what the adapter is and scores."""
+    """Train on `rows`, in a folder of checkpoints that outlives a kill, and write what PEFT saves to `out`.
+
+    Args:
+        asked, rows: the comparisons, and which of them count.
+        tokens: of the responses.
+        settings: of the training.
+        out: folder to write to.
+        start: folder of the adapter to start from; None: a new one.
+        joint: contracts.JOINT_TENSORS, where embeddings are learned together with the adapter.
+
+    Returns:
+        adapter_train_log_loss, steps, curve: as of train_adapter.
+    """
     from coterie.rewards.launch import Job, processes, train
     from coterie.rewards.trainer import curve, last_checkpoint
 
     together = processes(settings)
     shared = os.environ.get("COTERIE_CHECKPOINTS")
     root = Path(shared) if shared else out.parent / ".checkpoints"
-    checkpoints = root / _key(asked, rows, settings, start, together)
+    checkpoints = root / _key(asked, rows, settings, start, joint or {}, together)
     asked.write(checkpoints / "examples.arrow", rows, tokens)
+    if joint is not None:
+        with replacing(checkpoints / JOINT_FILE) as temporary:
+            save_file(dict(joint), temporary)
     batches = math.ceil(math.ceil(len(rows) / (settings.batch_size * together)) / settings.accumulation)
     steps = math.ceil(settings.epochs * batches)
     job = Job(
@@ -211,7 +277,6 @@ def _train(
     for name in _PEFT_FILES:
         shutil.copyfile(last / name, out / name)
     drawn = curve(last)
-    _write_scores(asked, tokens, tokenizer, settings, out)
     shutil.rmtree(checkpoints)
     if not shared:
         with suppress(OSError):  # another coterie's are there
@@ -220,7 +285,14 @@ def _train(
     return {"adapter_train_log_loss": float(np.mean([nats for _, nats in tail])), "steps": job.steps, "curve": drawn}
 
 
-def _key(asked: TextComparisons, rows: Array, settings: RewardSettings, start: Path | None, processes: int) -> str:
+def _key(
+    asked: TextComparisons,
+    rows: Array,
+    settings: RewardSettings,
+    start: Path | None,
+    joint: Mapping[str, Array],
+    processes: int,
+) -> str:
     """A digest of all that shapes a training: no other one goes on from its checkpoints."""
     device = device_of(settings.device)
     made_of = {
@@ -232,28 +304,31 @@ def _key(asked: TextComparisons, rows: Array, settings: RewardSettings, start: P
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for side in (asked.chosen, asked.rejected):
         digest.update("".join(asked.response_ids[side[rows]]).encode())
-    for values in (asked.label, asked.weight, asked.reliability):
-        digest.update(np.ascontiguousarray(values[rows], dtype=np.float64).tobytes())
+    for values in (asked.label[rows], asked.weight[rows], asked.reliability[rows], *joint.values()):
+        digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
     if start is not None:
-        digest.update((start / "adapter_model.safetensors").read_bytes())
+        digest.update((start / ADAPTER_WEIGHTS).read_bytes())
     return digest.hexdigest()[:24]
 
 
 def _write_scores(
-    asked: TextComparisons, tokens: Sequence[Array], tokenizer: Any, settings: RewardSettings, out: Path
+    asked: TextComparisons,
+    tokens: Sequence[Array],
+    tokenizer: Any,
+    settings: RewardSettings,
+    out: Path,
+    keep_states: bool,
 ) -> None:
     """Score what is held out and the reference responses by the adapter in `out`; scores.parquet and adapter.json."""
-    from peft import PeftModel
-
-    device = device_of(settings.device)
-    model, revision = load_model(
-        settings.backbone, settings.revision, dtype_of(settings.dtype, device), tokenizer.pad_token_id
-    )
-    model = PeftModel.from_pretrained(model, str(out)).to(device).eval()
+    model, revision = trained_model(settings, tokenizer, out)
     held, reference = np.flatnonzero(asked.split != TRAIN), asked.reference
     scored = np.unique(np.concatenate([asked.chosen[held], asked.rejected[held], reference]))
+    read = np.arange(len(tokens)) if keep_states else scored
+    states = last_states(model, [tokens[row] for row in read.tolist()])
+    if keep_states:
+        STATE.write(out / STATES_FILE, {"response_id": asked.response_ids, "state": states}, state=states.shape[1])
     raw = np.full(len(tokens), np.nan)
-    raw[scored] = raw_scores(model, [tokens[row] for row in scored])
+    raw[read] = states @ score_weight(out)
     validation = asked.counted(VALIDATION)
     margin = raw[asked.chosen[validation]] - raw[asked.rejected[validation]]
     # The margins are calibrated as the one feature of a head.
@@ -269,6 +344,19 @@ def _write_scores(
     write_text(out / ADAPTER_FILE, json.dumps(told, indent=1))
 
 
+def trained_model(settings: RewardSettings, tokenizer: Any, adapter: Path | None) -> tuple[Any, str]:
+    """The backbone on its device, with the adapter in a folder where one is given, to read from; and its revision."""
+    from peft import PeftModel
+
+    device = device_of(settings.device)
+    model, revision = load_model(
+        settings.backbone, settings.revision, dtype_of(settings.dtype, device), tokenizer.pad_token_id
+    )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    return model.to(device).eval(), revision
+
+
 def _held_out(folder: Path, asked: TextComparisons) -> float:
     """Log-loss of an adapter on the validation comparisons that count, before it is scaled, as that of the training."""
     rows = asked.counted(VALIDATION)
@@ -277,6 +365,35 @@ def _held_out(folder: Path, asked: TextComparisons) -> float:
     raw = ScoredResponses.load(folder).raw.reindex(asked.response_ids).to_numpy()
     margin = raw[asked.chosen[rows]] - raw[asked.rejected[rows]]
     return mean_loss(asked.reliability[rows] * margin, asked.label[rows], asked.weight[rows])
+
+
+def score_weight(folder: Path) -> Array:
+    """The head [hidden] of the adapter in `folder`, float64. Raises BadBundle: there is none."""
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, "numpy") as file:
+            weight: Array = file.get_tensor(HEAD_WEIGHT)[0].astype(np.float64)
+    except (OSError, SafetensorError) as error:
+        raise BadBundle(f"{folder}: no reward adapter ({error}). Fetch or make the bundle again.") from error
+    return weight
+
+
+def write_with_head(weight: Array, source: Path, out: Path, center: float, scale: float) -> None:
+    """Write to `out` the adapter in `source` with another head [hidden], its tokenizer and adapter.json."""
+    told = _told(source) | {"center": center, "scale": scale}
+    tensors = load_file(source / ADAPTER_WEIGHTS) | {HEAD_WEIGHT: np.ascontiguousarray(weight[None], np.float32)}
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(source / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
+    load_tokenizer(str(source), told["revision"]).save_pretrained(out)
+    write_text(out / ADAPTER_FILE, json.dumps(told, indent=1))
+
+
+def _lora_digest(folder: Path) -> str:
+    """What adapters that differ in their head alone have in common."""
+    digest = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes())
+    with safe_open(folder / ADAPTER_WEIGHTS, "numpy") as file:
+        for name in sorted(set(file.keys()) - {HEAD_WEIGHT}):
+            digest.update(name.encode() + file.get_tensor(name).tobytes())
+    return digest.hexdigest()
 
 
 def _told(folder: Path) -> dict[str, Any]:

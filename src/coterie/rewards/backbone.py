@@ -1,8 +1,8 @@
-"""The backbone of reward adapters: a response as text, as tokens, and the model that reads a score off its last token."""
+"""The backbone of reward adapters: a response as text, as tokens, and the hidden state that its score is read off."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from coterie.progress import progress
 
 _CHARACTERS_A_TOKEN = 40  # more than any tokenizer packs into one: text before limit * this needs no tokenizing
 _TEXTS = 1024  # tokenized at a time
+_BATCH, _UNWATCHED = 32, 4  # responses read at a time; batches of a request, which is worth no progress bar
 
 
 def load_tokenizer(name: str, revision: str) -> Any:
@@ -110,6 +111,41 @@ def tokenized(
                 ids = [*ids[:1], *ids[1 - max_tokens :]] if ids[0] == bos else ids[-max_tokens:]
             tokens.append(np.array(ids or [pad], dtype=np.int32))
     return tokens, np.array(longer, dtype=bool)
+
+
+def last_states(
+    classifier: Any, tokens: Sequence[NDArray[np.int32]], forward: Callable[..., Any] | None = None
+) -> NDArray[np.float32]:
+    """The last hidden state at the last token, [n, hidden], of token ids [n]; the composition of a batch does not matter.
+
+    Args:
+        classifier: what `load_model` gives; where it is in a PeftModel, its active adapter counts.
+        tokens: of `tokenized`.
+        forward: hidden states [batch, tokens, hidden] of the rows of a batch (a list), by input_ids and attention_mask;
+            default: by the backbone of the classifier, whatever the rows.
+    """
+    import torch
+
+    backbone, device = getattr(classifier, classifier.base_model_prefix), classifier.device
+    forward = forward or (lambda rows, **inputs: backbone(**inputs, use_cache=False)[0])
+    states = np.empty((len(tokens), classifier.config.get_text_config().hidden_size), dtype=np.float32)
+    order = np.argsort([-len(ids) for ids in tokens], kind="stable")
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=classifier.dtype == torch.bfloat16)
+    starts: Any = range(0, len(order), _BATCH)
+    with torch.inference_mode():
+        for start in progress(starts, desc="hidden states", unit="batches") if len(starts) > _UNWATCHED else starts:
+            rows = order[start : start + _BATCH].tolist()
+            lengths = torch.tensor([len(tokens[row]) for row in rows])
+            # Padding on the right: under causal attention no token sees what is behind it.
+            ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+            for line, row in zip(ids, rows, strict=True):
+                line[: len(tokens[row])] = torch.from_numpy(tokens[row])
+            mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+            with bfloat16:
+                hidden = forward(rows, input_ids=ids.to(device), attention_mask=mask.to(device))
+            last = hidden[torch.arange(len(rows), device=device), (lengths - 1).to(device)]
+            states[rows] = last.float().cpu().numpy()
+    return states
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

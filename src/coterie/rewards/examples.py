@@ -21,6 +21,11 @@ _REFERENCE = 512  # responses that a reward is centred on
 _BATCH = 4096
 
 
+def reference_rows(responses: int) -> Array:
+    """Which of all distinct responses, in the order of their ids, rewards are centred on."""
+    return np.random.default_rng(0).choice(responses, min(_REFERENCE, responses), replace=False)
+
+
 @dataclass(frozen=True)
 class TextComparisons:
     """The comparisons of all splits, and what they count for one audience.
@@ -93,11 +98,10 @@ class TextComparisons:
     @property
     def reference(self) -> Array:
         """Rows of the responses that rewards are centred on: the same for every audience."""
-        rng = np.random.default_rng(0)
-        return rng.choice(len(self.response_ids), min(_REFERENCE, len(self.response_ids)), replace=False)
+        return reference_rows(len(self.response_ids))
 
     def write(self, path: Path, rows: Array, tokens: Sequence[Any]) -> None:
-        """Write comparisons, with the `tokens` [m] of the responses, as `launch.Job` describes them."""
+        """Write comparisons, with the `tokens` [m] of the responses, as `launch.Job` describes them, and their worker."""
         weight = self.weight[rows] / self.weight[rows].mean()
         with (
             replacing(path) as temporary,
@@ -113,6 +117,7 @@ class TextComparisons:
                         pa.array(values, pa.float32())
                         for values in (self.label[of], weight[part], self.reliability[of])
                     ),
+                    pa.array(self.worker[of], pa.int32()),
                 ]
                 writer.write_batch(pa.record_batch(columns, _EXAMPLE))
 
@@ -124,5 +129,6 @@ _EXAMPLE = pa.schema(
         "label": pa.float32(),
         "weight": pa.float32(),
         "reliability": pa.float32(),
+        "worker": pa.int32(),
     }
 )

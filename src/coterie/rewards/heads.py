@@ -22,8 +22,6 @@ from coterie.contracts import (
     GLOBAL,
     HEAD_FILE,
     HEAD_TENSORS,
-    PERSONAL_FILE,
-    PERSONAL_TENSORS,
     Gate,
     replacing,
 )
@@ -142,64 +140,12 @@ class RewardHead:
         Raises:
             BadData: no such file, or not a reward head.
         """
-        tensors = _tensors(path / HEAD_FILE if path.is_dir() else path, HEAD_TENSORS)
+        tensors = head_tensors(path / HEAD_FILE if path.is_dir() else path, HEAD_TENSORS)
         weight, center, scale = (tensors[name].astype(np.float64) for name in HEAD_TENSORS)
         return cls(weight, float(center[0]), float(scale[0]))
 
 
-@dataclass(frozen=True)
-class PersonalHead:
-    """A reward for each person: theta and U of a member with embeddings, calibrated as one (docs/method, section 2).
-
-    Attributes:
-        common: what everybody wants.
-        basis: [d, r].
-        basis_center: [r], mean of h @ basis over the reference responses.
-    """
-
-    common: RewardHead
-    basis: Array
-    basis_center: Array
-
-    def of(self, embedding: Array) -> RewardHead:
-        """The head of a person with this embedding [r]; its mean score over the reference responses is zero."""
-        common = self.common
-        return replace(
-            common,
-            weight=common.weight + self.basis @ embedding,
-            center=common.center + float(self.basis_center @ embedding),
-        )
-
-    def margin(self, x: Array, embeddings: Array) -> Array:
-        """Score differences [n] of comparisons x [n, d] by people with embeddings [n, r]."""
-        own = np.einsum("nr,nr->n", np.asarray(x, dtype=np.float64) @ self.basis, embeddings)
-        margins: Array = self.common.margin(x) + self.common.scale * own
-        return margins
-
-    def centered(self, reference: Array) -> PersonalHead:
-        """The same heads with mean score zero over the reference responses [n, d]."""
-        mean = np.asarray(reference, dtype=np.float64).mean(axis=0)
-        return replace(self, common=self.common.centered(reference), basis_center=mean @ self.basis)
-
-    def save(self, path: Path) -> None:
-        """Write the heads as safetensors with the names of contracts.PERSONAL_TENSORS, float32."""
-        from safetensors.numpy import save_file
-
-        common = self.common
-        values = (common.weight, np.array([common.center]), np.array([common.scale]), self.basis, self.basis_center)
-        tensors = {n: np.ascontiguousarray(v, np.float32) for n, v in zip(PERSONAL_TENSORS, values, strict=True)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; `path` is the file or the folder that holds it. Raises BadData."""
-        tensors = _tensors(path / PERSONAL_FILE if path.is_dir() else path, PERSONAL_TENSORS)
-        weight, center, scale, basis, basis_center = (tensors[name].astype(np.float64) for name in PERSONAL_TENSORS)
-        return cls(RewardHead(weight, float(center[0]), float(scale[0])), basis, basis_center)
-
-
-def _tensors(file: Path, names: tuple[str, ...]) -> dict[str, Array]:
+def head_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Array]:
     """The tensors of a reward. Raises BadData: no such file, or not this kind of reward."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -1,10 +1,12 @@
-"""Training of an adapter as a job: in this process, or in one a GPU, and once more with half the batch where memory ran out."""
+"""Training of an adapter as a job: in this process, in one a GPU, or on several nodes; with half the batch where memory ran out."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from coterie.errors import BadConfiguration, CoterieError, RunFailed
 
 log = logging.getLogger("coterie")
 
-_JOB, _FAILURE = "job.json", "failure.json"
+_JOB, _START, _FAILURES = "job.json", "start", "failure-*.json"
 
 
 class OutOfMemory(RunFailed):
@@ -53,7 +55,7 @@ class Job(BaseModel):
 
 
 def processes(settings: RewardSettings) -> int:
-    """Processes that share the training: COTERIE_PROCESSES, or one for each GPU; one where a launcher started this one.
+    """Processes that share the training: COTERIE_PROCESSES, or one for each GPU, on each node; one where a launcher started this.
 
     Raises:
         BadConfiguration: COTERIE_PROCESSES is no number, or the device is one GPU of several.
@@ -65,7 +67,7 @@ def processes(settings: RewardSettings) -> int:
         raise BadConfiguration(f"COTERIE_PROCESSES={wanted}: give the number of processes that share a training.")
     if "LOCAL_RANK" in os.environ:
         return 1
-    return int(wanted or (torch.cuda.device_count() if device == "cuda" else 1))
+    return settings.nodes * int(wanted or (torch.cuda.device_count() if device == "cuda" else 1))
 
 
 def train(job: Job, processes: int) -> None:
@@ -74,7 +76,8 @@ def train(job: Job, processes: int) -> None:
     The optimiser then sees the same batches, and goes on from the last checkpoint.
 
     Raises:
-        RunFailed: memory does not hold that either, the loss is not finite, or the disk is full.
+        RunFailed: memory does not hold that either, the loss is not finite, the disk is full, or a node failed.
+        BadConfiguration: several nodes are asked for where nothing starts them.
     """
     try:
         _run(job, processes)
@@ -95,20 +98,46 @@ def _run(job: Job, processes: int) -> None:
 
         fit(job)
         return
-    path, failure = job.checkpoints / _JOB, job.checkpoints / _FAILURE
+    if job.start is not None and job.settings.nodes > 1:  # only the folder of checkpoints is on every node
+        start = shutil.copytree(job.start, job.checkpoints / _START, dirs_exist_ok=True)
+        job = job.model_copy(update={"start": start})
+    path = job.checkpoints / _JOB
     write_text(path, job.model_dump_json())
-    failure.unlink(missing_ok=True)
+    for failure in job.checkpoints.glob(_FAILURES):
+        failure.unlink()
     # torchrun is what `accelerate launch` starts on GPUs; on CPUs that would want MPI.
+    worker = ["-m", "coterie.rewards.trainer", str(path)]
+    try:
+        if job.settings.nodes > 1:
+            _on_nodes(worker, job, processes)
+        else:
+            _here(worker, processes)
+    except RunFailed:
+        told = [json.loads(failure.read_text(encoding="utf-8")) for failure in sorted(job.checkpoints.glob(_FAILURES))]
+        if not told:
+            raise
+        kind = OutOfMemory if told[0]["type"] == OutOfMemory.__name__ else getattr(errors, told[0]["type"])
+        raise kind(told[0]["message"]) from None
+
+
+def _here(worker: list[str], processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    code = subprocess.run([*command, "-m", "coterie.rewards.trainer", str(path)], check=False).returncode
-    if failure.exists():
-        told = json.loads(failure.read_text(encoding="utf-8"))
-        kind = OutOfMemory if told["type"] == OutOfMemory.__name__ else getattr(errors, told["type"])
-        raise kind(told["message"])
+    code = subprocess.run([*command, *worker], check=False).returncode
     if code:
         raise RunFailed(f"training in {processes} processes ended with code {code}; what they said stands above")
 
 
+def _on_nodes(worker: list[str], job: Job, processes: int) -> None:
+    nodes, launcher = job.settings.nodes, os.environ.get("COTERIE_LAUNCHER")
+    if not launcher:
+        raise BadConfiguration(
+            f"reward.nodes {nodes}: nothing here starts other nodes. Run the pipeline on a cluster with Kubeflow Trainer "
+            "(docs/kubeflow.md), or set reward.nodes to 1."
+        )
+    pkgutil.resolve_name(launcher)(worker, nodes=nodes, processes=processes // nodes, shared=job.checkpoints)
+
+
 def leave_failure(job: Job, error: CoterieError) -> None:
     """Tell the process that waits for this one what went wrong."""
-    write_text(job.checkpoints / _FAILURE, json.dumps({"type": type(error).__name__, "message": str(error)}))
+    path = job.checkpoints / _FAILURES.replace("*", os.environ.get("RANK", "0"))
+    write_text(path, json.dumps({"type": type(error).__name__, "message": str(error)}))

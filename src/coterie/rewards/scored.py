@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,9 +13,23 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from coterie.contracts import ADAPTER_FILE, COMPARISON, DIFFERENCE, SCORE, SCORES_FILE, BaseModelReference
+from coterie.contracts import (
+    ADAPTER_FILE,
+    COMPARISON,
+    DIFFERENCE,
+    SCORE,
+    SCORES_FILE,
+    STATE,
+    STATES_FILE,
+    BaseModelReference,
+    iterate,
+    matrix,
+)
 from coterie.errors import BadData
 from coterie.rewards.heads import Array, RewardHead
+from coterie.rewards.personal import PersonalHead
+
+_ROWS = 4096  # states read at a time
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,58 @@ class ScoredResponses:
         return scores
 
 
+@dataclass(frozen=True)
+class States:
+    """Hidden states that the global adapter left behind, for heads to read.
+
+    Attributes:
+        folder: of the global reward.
+        response_ids: of the responses, distinct.
+        values: [m, hidden] float32, the last hidden state at the last token of each.
+    """
+
+    folder: Path
+    response_ids: pd.Index[str]
+    values: Array
+
+    @classmethod
+    def load(cls, folder: Path, wanted: Iterable[str] | None = None) -> Self:
+        """Read those of all responses, or of the `wanted` ones. Raises BadData: the reward stage left none in `folder`."""
+        path, found, values = folder / STATES_FILE, [], []
+        if not path.is_file():
+            raise BadData(f"{folder}: no {STATES_FILE}. Train the global reward on this backbone again.")
+        kept = None if wanted is None else pa.array(sorted(set(wanted)), pa.string())
+        for batch in iterate(STATE.open(path), rows=_ROWS):
+            if kept is not None:
+                batch = batch.filter(pc.is_in(batch["response_id"], kept))
+            found.append(batch["response_id"].to_pandas())
+            values.append(matrix(batch["state"]))
+        return cls(folder, pd.Index(pd.concat(found)), np.concatenate(values))
+
+    def rows(self, response_ids: Sequence[str]) -> Array:
+        """Which row of `values` each response [n] has. Raises BadData: one of them has none."""
+        rows = self.response_ids.get_indexer(pd.Index(response_ids))
+        if (rows < 0).any():
+            missing = response_ids[int(np.flatnonzero(rows < 0)[0])]
+            raise BadData(f"{self.folder}: no hidden state of response {missing}; train the global reward again")
+        return np.asarray(rows)
+
+
 def has_adapter(folder: Path) -> bool:
     """Whether the reward in this folder is an adapter of a backbone, beside its linear head."""
     return (folder / ADAPTER_FILE).is_file()
+
+
+def compared(embedded: Path, comparisons: Path, split: str) -> tuple[list[str], list[str]]:
+    """Ids of the chosen and of the rejected response of each comparison of a split, in the order of differences.parquet."""
+    table = DIFFERENCE.read(embedded / "differences.parquet", ["comparison_id", "split"])
+    wanted = table.filter(pc.equal(table["split"].cast(pa.string()), split))["comparison_id"]
+    known = COMPARISON.read(comparisons, ["comparison_id", "chosen_id", "rejected_id"])
+    where = pc.index_in(wanted, known["comparison_id"].combine_chunks()).combine_chunks()
+    if where.null_count:
+        raise BadData(f"{comparisons}: not the comparisons that {embedded} was made of. Run embed again.")
+    rows = known.take(where)
+    return rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist()
 
 
 class HeldoutMargins:
@@ -87,14 +151,25 @@ class HeldoutMargins:
         adapter = ScoredResponses.load(folder)
         return adapter.score(chosen) - adapter.score(rejected)
 
+    def by_embedding(self, folder: Path, common: Path, embeddings: Array) -> Array:
+        """Margins [n] of the reward by embedding in `folder`, for the workers' embeddings [n, r].
+
+        `common` holds the global reward: where that is an adapter, the heads read its hidden state. Raises BadData.
+        """
+        head = PersonalHead.load(folder)
+        if not has_adapter(common):
+            return head.margin(self._x, embeddings)
+        states = States.load(common, [*self._ids()[0], *self._ids()[1]])
+        read = states.values @ np.column_stack([head.common.weight, head.basis])
+        chosen, rejected = (read[states.rows(ids)] for ids in self._ids())
+        taste = np.column_stack([np.ones(len(embeddings)), embeddings])
+        margins: Array = head.common.scale * np.einsum("nk,nk->n", chosen - rejected, taste)
+        return margins
+
     def _ids(self) -> tuple[list[str], list[str]]:
         """Ids of the chosen and of the rejected response of each comparison."""
         if self._sides is None:
             if self._comparisons is None:
                 raise BadData("rewards that are adapters are judged by text: give the comparisons of ingest as well")
-            table = DIFFERENCE.read(self._embedded / "differences.parquet", ["comparison_id", "split"])
-            wanted = table.filter(pc.equal(table["split"].cast(pa.string()), self._split))["comparison_id"]
-            known = COMPARISON.read(self._comparisons, ["comparison_id", "chosen_id", "rejected_id"])
-            rows = known.take(pc.index_in(wanted, known["comparison_id"].combine_chunks()).combine_chunks())
-            self._sides = rows["chosen_id"].to_pylist(), rows["rejected_id"].to_pylist()
+            self._sides = compared(self._embedded, self._comparisons, self._split)
         return self._sides

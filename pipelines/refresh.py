@@ -1,0 +1,61 @@
+"""The refresh pipeline: feedback into posteriors, and into a new run where people have changed.
+
+python -m pipelines.refresh                                            # writes pipelines/refresh.yaml anew
+python -m pipelines.refresh --image NAME@sha256:... --out FILE.yaml    # to upload
+"""
+
+# No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
+from pathlib import Path
+
+import click
+from kfp import compiler, dsl
+
+from components import discovery, feedback
+from components.image import TRAIN_IMAGE
+from pipelines.coteries import use_secrets
+
+COMPILED = Path(__file__).with_name("refresh.yaml")
+DESCRIPTION = (
+    "Folds the feedback database into a run: posteriors always; coteries and rewards, through the gate between versions, "
+    "if what people want has changed. run: address of the folder of the run that serves, as s3://bucket/runs/first. "
+    "PGPASSWORD and COTERIE_PSEUDONYM_KEY come from the secret coterie-pipeline."
+)
+
+
+@dsl.pipeline(name="refresh", description=DESCRIPTION)
+def refresh(
+    run: str,
+    database: str,
+    always: bool = False,
+    publish_project: str = "coterie",
+    publish_online_store: str = "redis",
+):
+    """Fold feedback in, and publish the profiles."""
+    serving = dsl.importer(artifact_uri=run, artifact_class=dsl.Dataset, reimport=True)
+    folded = feedback.refresh(run=serving.output, database=database, always=always)
+    folded.set_caching_options(False)  # the database has changed since
+    published = discovery.publish(
+        clustered=folded.outputs["clustered"], project=publish_project, online_store=publish_online_store
+    )
+    published.set_caching_options(False)
+    use_secrets(folded)
+    use_secrets(published)
+
+
+def compile_to(path: Path, image: str = TRAIN_IMAGE) -> None:
+    """Write the pipeline's YAML with `image` in every component."""
+    compiler.Compiler().compile(refresh, str(path))
+    if image != TRAIN_IMAGE:
+        path.write_text(path.read_text(encoding="utf-8").replace(TRAIN_IMAGE, image), encoding="utf-8")
+
+
+@click.command()
+@click.option("--image", default=TRAIN_IMAGE, help="by digest: Kubeflow's cache key is the image's name")
+@click.option("--out", type=click.Path(path_type=Path), default=COMPILED)
+def main(image: str, out: Path) -> None:
+    """Compile the pipeline; without options, pipelines/refresh.yaml anew."""
+    compile_to(out, image)
+
+
+if __name__ == "__main__":
+    main()
