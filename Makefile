@@ -35,7 +35,7 @@ run-demo: $(VENV)/.installed
 	COTERIE_PSEUDONYM_KEY_FILE=$(DEMO)/pseudonym.key $(BIN)/coterie run recipes/$(RECIPE).yaml --out $(DEMO)
 
 test: $(VENV)/.installed ## all tests that need no cluster
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed ## ruff, mypy, and the compiled pipeline
 	$(BIN)/ruff check .
