@@ -24,7 +24,7 @@ from coterie.routing import fall_back
 Array = NDArray[np.floating]
 
 MASS = 0.95  # of a posterior that is averaged over; the rest is coteries that hardly matter
-GOLDEN_TOLERANCE = 1e-3
+GOLDEN_TOLERANCE, BFLOAT16_TOLERANCE = 1e-3, 5e-2  # of a calibrated score; bfloat16 has three digits
 
 
 def leading_coteries(posterior: Array, mass: float = MASS) -> Array:
@@ -198,6 +198,11 @@ class Scorer:
         posterior = tempered(mixture.infer(votes)[0], mixture.weights_, manifest.temperature)
         return posterior, tempered_embedding(mean, covariance, manifest.temperature)[0]
 
+    @property
+    def exact(self) -> bool:
+        """Whether scores come out here as where the bundle was made, to the digits of float32."""
+        return self._adapters is None or self._adapters.exact
+
     def by_adapter(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Array]:
         """Calibrated scores [n] of responses to prompts by each adapter that serves; where linear heads serve, there are none."""
         return {} if self._adapters is None else self._adapters.score(prompts, responses)
@@ -241,9 +246,10 @@ def check_golden(scorer: Scorer) -> None:
     """Score the bundle's golden texts anew.
 
     Raises:
-        BadBundle: a score differs by more than GOLDEN_TOLERANCE from what it was when the bundle was made.
+        BadBundle: a score differs by more than GOLDEN_TOLERANCE from what it was when the bundle was made, or where bfloat16
+            came into it BFLOAT16_TOLERANCE.
     """
-    golden = scorer.bundle.golden
+    golden, tolerance = scorer.bundle.golden, GOLDEN_TOLERANCE if scorer.exact else BFLOAT16_TOLERANCE
     people = [entry.get("embedding") for entry in golden]
     uniform = np.full(scorer.bundle.manifest.coteries, 1 / scorer.bundle.manifest.coteries)
     questions = [
@@ -255,7 +261,7 @@ def check_golden(scorer: Scorer) -> None:
         told += [("personal", now.scores)] if "personal" in entry else []
         for name, scores in told:
             off = float(np.abs(np.asarray(entry[name]) - scores).max())
-            if not off <= GOLDEN_TOLERANCE:
+            if not off <= tolerance:
                 raise BadBundle(
                     f"{scorer.bundle.path}: golden score ({name}) of the prompt {entry['prompt'][:40]!r} is off by {off:.2g}. "
                     "The encoder computes something else here than where the bundle was made: use the same versions "

@@ -95,6 +95,12 @@ class AdapterRewards:
                 model.load_adapter(str(folders[name]), name)
         return cls(model.to(place).eval(), tokenizer, told, reads)
 
+    @property
+    def exact(self) -> bool:
+        """Whether scores come out as where the adapters were made: in float32 there and here."""
+        dtypes = {one.get("dtype", "float32") for one in self._told.values()}
+        return {*dtypes, str(self._model.dtype).removeprefix("torch.")} == {"float32"}
+
     def states(
         self, prompts: Sequence[str], responses: Sequence[str], wanted: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
@@ -337,6 +343,7 @@ def _write_scores(
     told = {
         "backbone": settings.backbone,
         "revision": revision,
+        "dtype": dtype_of(settings.dtype, device_of(settings.device)),
         "max_tokens": settings.max_tokens,
         "center": float(raw[reference].mean()),
         "scale": head.scale,
