@@ -66,6 +66,8 @@ def serve(
         BadData: `profiles` is not a published folder, or feedback is taken and it holds none of the bundle's mixture.
         BackendUnavailable: the feedback database does not answer.
     """
+    from coterie.bundle import Bundle
+
     settings = settings or ServeSettings()
     port = _free_port(host, port)
     grpc_port = None if grpc_port is None else _free_port(host, grpc_port)
@@ -74,9 +76,11 @@ def serve(
         from serving.profiles import FeastProfiles, Profiles
         from serving.router import Router
     _log_json()
-    predictor = Predictor(PREDICTOR, bundle, encoder, settings)
+    # What is missing is said before a backbone is loaded, which takes minutes.
+    Bundle.load(bundle, verify=False)
     store = FeastProfiles(profiles, environ)
-    store.open()  # before the backbone, which takes minutes
+    store.open()
+    predictor = Predictor(PREDICTOR, bundle, encoder, settings)
     predictor.warm_up()
     manifest = predictor.manifest
     assert manifest is not None
