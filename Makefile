@@ -27,7 +27,7 @@ demo: run-demo ## the whole of it on simulated annotators: minutes, no GPU, no n
 
 demo-policy: RECIPE := policies
 demo-policy: DEMO := demo-policy
-demo-policy: run-demo ## with reward adapters and a policy for each coterie by PPO: under twenty minutes
+demo-policy: run-demo ## with reward adapters and a policy for each coterie by PPO
 
 run-demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)

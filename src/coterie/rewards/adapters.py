@@ -64,7 +64,7 @@ class AdapterRewards:
 
     @classmethod
     def load(cls, folders: Mapping[str, Path], device: str = "auto", dtype: str = "auto") -> Self:
-        """Load the rewards in `folders`, by name, onto one backbone.
+        """Load the rewards in `folders`, by name, onto one backbone; dtype auto: that in which they were trained.
 
         Raises:
             BadBundle: not adapters of one backbone, or it is another revision than they were trained on.
@@ -80,6 +80,8 @@ class AdapterRewards:
             )
         (backbone, revision), place = backbones.pop(), device_of(device)
         tokenizer = load_tokenizer(str(next(iter(folders.values()))), revision)
+        if dtype == "auto":  # bfloat16 rounds the backbone: other digits would be another reward
+            dtype = next(iter(told.values())).get("dtype", dtype)
         model, found = load_model(backbone, revision, dtype_of(dtype, place), tokenizer.pad_token_id)
         if found != revision:
             raise BadBundle(
