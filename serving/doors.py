@@ -150,6 +150,8 @@ class GrpcDoor(AsyncServerInterceptor):  # type: ignore[misc]
 class JsonLines(logging.Formatter):
     """A JSON object a line: time, level, logger, message, and request_id where it is of a request."""
 
+    converter = time.gmtime
+
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         line = {

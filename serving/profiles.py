@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,8 @@ class Profiles:
             since, cached = self._cache.get(worker, (-float("inf"), ()))
             if now - since < fresh:
                 found[worker] = cached
-                self._cache.move_to_end(worker)
+                with suppress(KeyError):  # another thread may have forgotten it meanwhile
+                    self._cache.move_to_end(worker)
                 PROFILES.labels("cache").inc()
             elif (asked := self._ask(worker, now)) is not None:
                 missing[worker] = asked
@@ -122,7 +124,7 @@ class Profiles:
         return [found[worker] for worker in worker_ids]
 
     def forget(self, worker_id: str) -> None:
-        """Drop what is cached of a worker."""
+        """Drop what is cached of a worker; may be called in any thread."""
         self._cache.pop(worker_id, None)
 
     def _ask(self, worker: str, now: float) -> asyncio.Future[tuple[Profile, ...]] | None:
@@ -170,8 +172,8 @@ class Profiles:
                     self._asked.pop(worker, None)
 
     def _keep(self, worker: str, profiles: tuple[Profile, ...]) -> None:
-        self._cache[worker] = (self._clock(), profiles)
-        self._cache.move_to_end(worker)
+        self._cache.pop(worker, None)
+        self._cache[worker] = (self._clock(), profiles)  # at the end
         while len(self._cache) > self._settings.cache_workers:
             self._cache.popitem(last=False)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -111,18 +111,18 @@ class Router(Model):
             return False
         return self.predictor is None or await self.predictor.healthy()
 
-    async def watch(self, url: str, headers: Mapping[str, str]) -> None:
+    async def watch(self, url: str) -> None:
         """Learn at `url` which bundle a predictor elsewhere serves, again and again; ends when it is cancelled."""
         while True:
-            await self.meet(url, headers)
+            await self.meet(url)
             await asyncio.sleep(_MANIFEST_SECONDS)
 
-    async def meet(self, url: str, headers: Mapping[str, str]) -> Manifest:
+    async def meet(self, url: str) -> Manifest:
         """Learn at `url` which bundle a predictor elsewhere serves, as soon as it tells."""
         while True:
             try:
                 async with httpx.AsyncClient(timeout=5) as client:
-                    answer = await client.get(url, headers=dict(headers))
+                    answer = await client.get(url)
                 seen = Manifest.model_validate_json(answer.raise_for_status().content)
                 break
             except (httpx.HTTPError, ValueError) as error:

@@ -154,7 +154,6 @@ def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **v
         source = Profiles(store.lookup, settings)
         held_out = of_feedback.holdout if feedback else 0.0
         router = Router(args.model_name, key, source, settings=settings, held_out=held_out)
-        headers = bearer(load_token(os.environ))
         url = manifest_url or f"http://{args.predictor_host}/v2/models/{args.model_name}/manifest"
         server = model_server(
             settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, router=router, store=store
@@ -163,14 +162,15 @@ def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **v
         async def warm_up() -> None:  # the server lives meanwhile; Feast takes ten seconds to import
             await asyncio.to_thread(store.open)
             if not feedback:
-                await router.watch(url, headers)
-            manifest = await router.meet(url, headers)
+                await router.watch(url)
+            manifest = await router.meet(url)
+            headers = bearer(load_token(os.environ))
             infer = RemotePosteriors(url.partition("/v2/")[0], manifest.mixture_version, headers)
             named = router.key if manifest.key_fingerprint else None
             server.take_feedback(
                 await asyncio.to_thread(_feedback, of_feedback, named, store, source, manifest.mixture_version, infer)
             )
-            await router.watch(url, headers)
+            await router.watch(url)
 
         server.run([router], warm_up)
 

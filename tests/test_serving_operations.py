@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import shutil
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from coterie.bundle import Bundle
 from coterie.scoring import Scorer
+from serving.doors import JsonLines
 from tests.served import HashingEncoder, grpc_address, make_bundle, publish_profiles, serving
 
 PROMPT = "Shall I take the earlier train?"
@@ -251,3 +253,14 @@ def test_feedback_moves_the_person_and_the_holdout_is_the_global_rewards(run, tm
             time.sleep(0.1)
         assert httpx.get(f"{url}/v2/models/coterie-feedback/ready").status_code == 200
         assert found.source in ("profile", "global")
+
+
+def test_the_log_tells_the_time_in_utc_wherever_it_runs(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        record = logging.makeLogRecord({"msg": "said", "created": 3600.5, "msecs": 500.0})
+        assert json.loads(JsonLines().format(record))["time"] == "1970-01-01T01:00:00.500Z"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -31,20 +31,20 @@ def run(tmp_path_factory):
     return root
 
 
-def predictor(run, port, grpc_port):
+def predictor(run, port, grpc_port, **environ):
     log = run / f"predictor-{port}.log"
     command = [sys.executable, SERVED, "predictor", "--bundle", str(run / "bundle"), "--model_name", "mine"]
     command += ["--http_port", str(port), "--grpc_port", str(grpc_port)]
-    return process(command, log, lambda: is_ready(f"http://127.0.0.1:{port}", "mine"))
+    return process(command, log, lambda: is_ready(f"http://127.0.0.1:{port}", "mine"), **environ)
 
 
-def router(run, port, until, *arguments, key=KEY):
+def router(run, port, until, *arguments, key=KEY, **environ):
     log = run / f"router-{port}.log"
     command = [sys.executable, "-m", "serving.router", "--profiles", str(run / "publish"), "--model_name", "mine"]
     command += ["--http_port", str(port), "--grpc_port", str(free_port()), *arguments]
     # A torch that raises lies before the real one.
     path = os.pathsep.join([str(run / "trap"), str(Path(SERVED).parents[1])])
-    environ = {"COTERIE_PSEUDONYM_KEY": key, "COTERIE_PROFILE_DEADLINE_MS": "5000", "PYTHONPATH": path}
+    environ |= {"COTERIE_PSEUDONYM_KEY": key, "COTERIE_PROFILE_DEADLINE_MS": "5000", "PYTHONPATH": path}
     return process(command, log, until, **environ)
 
 
@@ -147,11 +147,19 @@ def test_feedback_to_a_router_reaches_the_profile_through_its_predictor(run, tmp
     told = ["--predictor_host", f"127.0.0.1:{http}", "--feedback", "--database", database]
     someone = {"instances": [{"worker_id": "newcomer", "prompt": PROMPT, "responses": RESPONSES}]}
     vote = {"worker_id": "newcomer", "prompt": "p", "chosen": "boat early.", "rejected": "a train!"}
-    with predictor(run, http, free_port()), router(run, port, lambda: is_ready(url, "coterie-feedback"), *told):
-        assert httpx.post(f"{url}/v1/feedback", json=vote, timeout=60).json()["comparisons"][0]["status"] == "stored"
+    token = {"COTERIE_TOKEN": "of both", "COTERIE_CACHE_SECONDS": "3600"}  # the cache learns of it at once, or never
+    with (
+        predictor(run, http, free_port(), **token),
+        router(run, port, lambda: is_ready(url, "coterie-feedback"), *told, **token),
+        httpx.Client(base_url=url, timeout=60, headers={"authorization": "Bearer of both"}) as client,
+    ):
+        assert httpx.post(f"{url}/v1/feedback", json=vote).status_code == 401
+        (found,) = client.post("/v1/models/mine:predict", json=someone).json()["predictions"]
+        assert found["reason"] == "unknown-worker"
+        assert client.post("/v1/feedback", json=vote).json()["comparisons"][0]["status"] == "stored"
         deadline = time.monotonic() + 60
         while True:
-            (found,) = httpx.post(f"{url}/v1/models/mine:predict", json=someone, timeout=60).json()["predictions"]
+            (found,) = client.post("/v1/models/mine:predict", json=someone).json()["predictions"]
             if found["source"] == "profile":
                 break
             assert time.monotonic() < deadline

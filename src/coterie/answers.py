@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from coterie.contracts import (
-    MIXTURE_FILE,
     CoterieScores,
     Explanation,
     Prediction,
@@ -17,7 +16,6 @@ from coterie.contracts import (
     Route,
     RoutedInstance,
 )
-from coterie.discovery import MixtureReward
 from coterie.discovery.newcomers import next_pair
 from coterie.routing import choose, confirm
 from coterie.scoring import Array, Question, Scored, Scorer, leading_coteries
@@ -77,7 +75,7 @@ def _taken(scorer: Scorer, instance: RoutedInstance) -> Route:
 
 def _next_pair(scorer: Scorer, instance: RoutedInstance, route: Route) -> tuple[int, int] | None:
     """The two responses whose comparison would say most about this person's coterie; None where none says anything."""
-    mixture = MixtureReward.load(scorer.bundle.path / MIXTURE_FILE)
+    mixture = scorer.placing.mixture
     pairs = list(combinations(range(len(instance.responses)), 2))
     if not pairs or len(mixture.weights_) == 1:
         return None

@@ -498,13 +498,11 @@ def _stage_folders(folder: Path) -> dict[str, Any]:
     names = {
         "ingested": "ingest",
         "encoded": "encode",
-        "embedded": "embed",
         "clustered": "cluster",
         "evaluated": "evaluate",
     }
-    if (folder / "joint" / STAGE_FILE).is_file():  # what cluster and the stages behind it have read
-        names["embedded"] = "joint"
-    return {key: folder / name for key, name in names.items()} | {"rewards": _made_in(folder / "rewards")}
+    folders = {key: folder / name for key, name in names.items()}
+    return folders | {"embedded": stages.embedded_in(folder), "rewards": _made_in(folder / "rewards")}
 
 
 def _echo(metrics: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def _serve(scorer: Scorer, comparisons: Path, encoder: Encoder | None) -> _Serve
         train, votes = VoteFile(path, TRAIN), VoteFile(path, VALIDATION).loaded()
         table = DIFFERENCE.read(path, ["comparison_id", "split"])
         ids = table.filter(pc.equal(table["split"].cast(pa.string()), VALIDATION))["comparison_id"].to_pylist()
-        posterior, places = scorer.infer(train)
+        posterior, places, *_ = scorer.placing.infer(train)
     if bundle.personal is not None:
         x = votes.x if bundle.manifest.reward == "head" else _sides(scorer.read, comparisons, ids)
         return _Served(votes, bundle.personal.margin(x, places[votes.worker]), ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,11 @@ from numpy.typing import NDArray
 
 from coterie.bundle import Bundle
 from coterie.config import EncodeSettings
-from coterie.contracts import GLOBAL, MIXTURE_FILE, MODEL_FILE, Example, Route
-from coterie.discovery import LowRankReward, MixtureReward, Votes
-from coterie.discovery.newcomers import tempered, tempered_embedding
-from coterie.discovery.votes import VoteSet
+from coterie.contracts import GLOBAL, Example, Route
+from coterie.discovery import Votes
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
+from coterie.placing import Placing
 from coterie.rewards import serving_own
 from coterie.routing import fall_back
 
@@ -77,7 +77,7 @@ class Scorer:
     Args:
         bundle: a loaded bundle.
         encoder: of the name and revision that the bundle names.
-        device, dtype: of the backbone, where rewards are adapters; auto: a GPU, and bfloat16 on it.
+        device, dtype: of the backbone, where rewards are adapters; auto: a GPU, and as they were trained.
 
     Raises:
         BadBundle: the encoder, or the backbone, is not the bundle's.
@@ -175,28 +175,19 @@ class Scorer:
         chosen, rejected = ([getattr(example, side) for example in examples] for side in ("chosen", "rejected"))
         h = self.features(prompts * 2, chosen + rejected)
         x, labels = h[: len(examples)] - h[len(examples) :], [0.5 if example.tie else 1.0 for example in examples]
-        posterior, places = self.infer(Votes.of(x, labels, np.zeros(len(x))))
+        placed = self.placing.infer(Votes.of(x, labels, np.zeros(len(x))))
         return Route(
             source="comparisons",
-            coterie=int(np.argmax(posterior[0])),
-            posterior=posterior[0].tolist(),
-            embedding=places[0].tolist(),
+            coterie=int(np.argmax(placed.posterior[0])),
+            posterior=placed.posterior[0].tolist(),
+            embedding=placed.mean[0].tolist(),
             mixture_version=self.bundle.manifest.mixture_version,
         )
 
-    def infer(self, votes: VoteSet) -> tuple[Array, Array]:
-        """Posteriors [n_workers, K] and embeddings [n_workers, rank] of people whom the bundle does not know, by votes on
-        its features.
-
-        The evidence counts by the temperature that the evaluation calibrated on people whom nothing had learned from
-        (docs/method, section 5).
-        """
-        manifest, path = self.bundle.manifest, self.bundle.path
-        mixture = MixtureReward.load(path / MIXTURE_FILE)
-        places = LowRankReward(manifest.rank).restore(path / MODEL_FILE, np.zeros((0, 0)), np.zeros(0))
-        mean, covariance, _ = places.infer(votes)
-        posterior = tempered(mixture.infer(votes)[0], mixture.weights_, manifest.temperature)
-        return posterior, tempered_embedding(mean, covariance, manifest.temperature)[0]
+    @cached_property
+    def placing(self) -> Placing:
+        """Of people whom the bundle does not know."""
+        return Placing.of(self.bundle)
 
     @property
     def exact(self) -> bool:

@@ -347,7 +347,7 @@ def refresh(run: Path, database: str, out: Path, always: bool = False) -> dict[s
     encode(out / "ingest", out / "encode", as_in("encode", EncodeSettings))
     changed: dict[str, Any] = {"drifted": False, "reason": "not told: no new votes of workers whom the run knows"}
     if newer(run, out / "ingest", out / "newer"):
-        changed = drift(run / "embed", run / "cluster", out / "newer", out / "encode", out / "drift")
+        changed = drift(embedded_in(run), run / "cluster", out / "newer", out / "encode", out / "drift")
     decision: dict[str, Any] = {"promote": False, "reason": "no new run was made"}
     if changed["drifted"] or always:
         made, sources = out / "run", as_in("ingest", IngestSettings).source
@@ -355,16 +355,19 @@ def refresh(run: Path, database: str, out: Path, always: bool = False) -> dict[s
         ingest(texts, as_in("ingest", IngestSettings, source=[*sources, database]))
         encode(texts, made / "encode", as_in("encode", EncodeSettings))
         embed(texts, made / "encode", made / "embed", as_in("embed", EmbedSettings))
-        clustered = cluster(made / "embed", made / "cluster", as_in("cluster", ClusterSettings), run / "cluster")
+        if record_of(run / "joint"):
+            joint(made / "embed", texts, made / "joint", as_in("joint", JointSettings))
+        embedded = embedded_in(made)
+        clustered = cluster(embedded, made / "cluster", as_in("cluster", ClusterSettings), run / "cluster")
         of_reward, common = as_in("rewards/global", RewardSettings), made / "rewards" / contracts.GLOBAL
-        reward(made / "embed", made / "cluster", common, of_reward, comparisons=texts)
+        reward(embedded, made / "cluster", common, of_reward, comparisons=texts)
         rewards = [common]
         for k in audiences(clustered):
             rewards.append(made / "rewards" / reward_name(k))
-            reward(made / "embed", made / "cluster", rewards[-1], of_reward, k, common, texts)
+            reward(embedded, made / "cluster", rewards[-1], of_reward, k, common, texts)
         judging = as_in("evaluate", EvaluateSettings)
-        evaluate(made / "embed", made / "cluster", rewards, made / "evaluate", judging, texts)
-        folders = (texts, made / "encode", made / "embed", made / "cluster", rewards, made / "evaluate")
+        evaluate(embedded, made / "cluster", rewards, made / "evaluate", judging, texts)
+        folders = (texts, made / "encode", embedded, made / "cluster", rewards, made / "evaluate")
         bundle(*folders, made / "bundle", as_in("bundle", BundleSettings))
         report(*folders, made / "report")
         decision = promote(made / "bundle", run / "bundle", texts, out / "promote", judging)
@@ -407,6 +410,11 @@ def forget(worker: str, database: str | None, runs: Sequence[Path]) -> dict[str,
             raise BackendUnavailable(f"{folder}: the online store did not remove the profile: {error}") from error
 
     return forget(worker, database, runs, take_offline)
+
+
+def embedded_in(run: Path) -> Path:
+    """The worker embeddings of a run that cluster and the stages behind it read: joint's, where it has those."""
+    return run / ("joint" if record_of(run / "joint") else "embed")
 
 
 def reward_name(coterie: int | str | None) -> str:

@@ -12,14 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coterie.bundle import Bundle
-from coterie.contracts import MIXTURE_FILE, MODEL_FILE, content_id
-from coterie.discovery.lowrank import LowRankReward
-from coterie.discovery.mixture import MixtureReward
-from coterie.discovery.newcomers import tempered, tempered_embedding
+from coterie.contracts import content_id
 from coterie.discovery.votes import Array, Votes, VoteSet
 from coterie.errors import BadData
 from coterie.feedback.evidence import Evidence, Place, Prior, Said
+from coterie.placing import Placing
 from coterie.scoring import Scorer
 
 _SURE = 1e-7  # a float32 that says 1 knows no more than 1 less this
@@ -27,13 +24,10 @@ _KEPT = 200_000  # feature differences in memory
 
 
 class Mixed:
-    """A bundle's mixture and directions of taste, which move priors by votes on the bundle's features."""
+    """Moves priors by votes on a bundle's features."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        manifest, path = bundle.manifest, bundle.path
-        self._temperature = manifest.temperature
-        self._mixture = MixtureReward.load(path / MIXTURE_FILE)
-        self._places = LowRankReward(manifest.rank).restore(path / MODEL_FILE, np.zeros((0, 0)), np.zeros(0))
+    def __init__(self, placing: Placing) -> None:
+        self._placing = placing
 
     def places(self, votes: VoteSet, priors: Sequence[Prior | None]) -> list[Place]:
         """Where the people of `votes` stand, beside what was published of each; all have votes.
@@ -41,15 +35,12 @@ class Mixed:
         Raises:
             BadData: a prior of another mixture than the bundle's.
         """
-        shares, log_reliability = self._mixture.infer(votes)
-        shares = tempered(shares, self._mixture.weights_, self._temperature)
-        raw_mean, raw_covariance, _ = self._places.infer(votes)
-        mean, covariance = tempered_embedding(raw_mean, raw_covariance, self._temperature)
+        placed = self._placing.infer(votes)
         return [
             Place(
-                posterior=self._posterior(shares[i], prior).tolist(),
-                embedding=_embedding(mean[i], covariance[i], int(votes.counts[i]), prior).tolist(),
-                reliability=float(np.exp(log_reliability[i])) if prior is None else prior.reliability,
+                posterior=self._posterior(placed.posterior[i], prior).tolist(),
+                embedding=_embedding(placed.mean[i], placed.covariance[i], int(votes.counts[i]), prior).tolist(),
+                reliability=float(placed.reliability[i]) if prior is None else prior.reliability,
             )
             for i, prior in enumerate(priors)
         ]
@@ -61,7 +52,7 @@ class Mixed:
             raise BadData(
                 f"a profile over {len(prior.posterior)} coteries beside a bundle of {len(shares)}; publish the bundle's run"
             )
-        combined = np.maximum(prior.posterior, _SURE) * shares / self._mixture.weights_
+        combined = np.maximum(prior.posterior, _SURE) * shares / self._placing.mixture.weights_
         return np.asarray(combined / combined.sum())
 
 
@@ -87,7 +78,7 @@ class Posteriors:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self._scorer, self._mixed = scorer, Mixed(scorer.bundle)
+        self._scorer, self._mixed = scorer, Mixed(scorer.placing)
         self._differences: OrderedDict[str, Array] = OrderedDict()
 
     def __call__(self, people: Sequence[Evidence]) -> list[Place]:

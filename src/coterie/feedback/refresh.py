@@ -20,6 +20,7 @@ from coterie.feedback.database import Database
 from coterie.feedback.evidence import Place, Prior
 from coterie.feedback.posteriors import Mixed
 from coterie.feedback.tables import FEEDBACK, FOLDED, FOLDING
+from coterie.placing import Placing
 
 _ASSIGNMENTS, _COMPARISONS = "assignments.parquet", "comparisons.parquet"
 _AT_ONCE = 1000  # ids a statement
@@ -56,13 +57,13 @@ def fold_posteriors(run: Path, ingested: Path, encoded: Path, out: Path, databas
     votes = joined([load_votes(path, split) for split in VoteFile.splits(path)], len(workers))
     path.unlink()
     votes = votes.subset(np.array([name not in used for name in ids]))
-    voting, worker = np.unique(votes.worker, return_inverse=True)
+    voting, worker, counts = np.unique(votes.worker, return_inverse=True, return_counts=True)
     known = {name: row for row, name in enumerate(old["worker_id"].to_pylist())}
-    people = [_Person(workers[i], known.get(workers[i]), int((votes.worker == i).sum())) for i in voting]
+    people = [_Person(workers[i], known.get(workers[i]), int(n)) for i, n in zip(voting, counts, strict=True)]
     places: list[Place] = []
     if people:
         of_people = Votes.of(votes.x, votes.y, worker, votes.prompt, weight=votes.weight)
-        places = Mixed(bundle).places(of_people, [_prior(old, person.row) for person in people])
+        places = Mixed(Placing.of(bundle)).places(of_people, [_prior(old, person.row) for person in people])
     name = _note(database, sorted(used.union(ids)), bundle.manifest.mixture_version)
     _write(out, run, old, list(zip(people, places, strict=True)), name)
     return {
