@@ -41,7 +41,7 @@ def run(recipe: Recipe, out: Path) -> None:
         "COTERIE_RUN_FOLDER": str(out),
         "COTERIE_STAGE_CACHE": os.environ.get("COTERIE_STAGE_CACHE") or str(cache_folder() / "stages"),
         "COTERIE_PROGRESS": "1",
-        # Coteries train side by side: OpenMP's threads that spin while they wait would take each other's cores (five times slower).
+        # Coteries train side by side: OpenMP's threads that spin while they wait would take each other's cores.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(stages.repository()), os.environ.get("PYTHONPATH")])),
     }
