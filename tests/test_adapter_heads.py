@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from coterie.bundle import Bundle
 from coterie.config import EvaluateSettings
 from coterie.contracts import ASSIGNMENT, COMPARISON, SCORE, STATES_FILE, matrix
 from coterie.discovery.logistic import log_loss
-from coterie.errors import BadData
+from coterie.errors import BadBundle, BadData
 from coterie.evaluation import evaluate
 from coterie.rewards import PersonalHead, RewardHead, train_reward
 from coterie.rewards.adapters import AdapterRewards, score_weight
@@ -128,6 +129,14 @@ def test_all_heads_of_one_adapter_read_one_pass_of_the_backbone(groups, monkeypa
     assert "as PEFT adapters of" in (tmp_path / "README.md").read_text()
     scorer = Scorer(bundle, TextEncoder(), "cpu")
     check_golden(scorer)
+    rounded = Scorer(bundle, TextEncoder(), "cpu", "bfloat16")
+    check_golden(rounded)
+    others = [entry | {"global": entry["global"][::-1]} for entry in bundle.golden]
+    for one in (scorer, rounded):
+        one.bundle = replace(bundle, golden=others)
+        with pytest.raises(BadBundle, match="golden score"):
+            check_golden(one)
+        one.bundle = bundle
     passes = []
     model = scorer._adapters._model.get_base_model().model
     model.register_forward_hook(lambda *_: passes.append(1))

@@ -210,10 +210,8 @@ def test_bfloat16_trains_and_scores_about_as_float32(everybody, backbone, tmp_pa
     settings = settings_of(backbone, dtype="bfloat16", epochs=2)
     told = train(folder / "data", tmp_path / "own", settings, [1] * 4 + [0] * 4, start=folder / "global")
     assert told["adapter_validation_log_loss"] < 0.4
-    # Golden scores are then compared to the digits that there are.
-    assert not AdapterRewards.load({"own": tmp_path / "own"}, "cpu").exact
-    assert AdapterRewards.load({"global": folder / "global"}, "cpu").exact
-    assert not AdapterRewards.load({"global": folder / "global"}, "cpu", "bfloat16").exact
+    assert AdapterRewards.load({"own": tmp_path / "own"}, "cpu").exact  # what is read on a CPU is read in float32
+    assert not AdapterRewards.load({"own": tmp_path / "own"}, "cpu", "bfloat16").exact
     assert {tensor.dtype for tensor in weights(tmp_path / "own").values()} == {torch.float32}
     texts = ["1"] * 3, ["abcd!", "e" * 12 + "?", "f?"]
     low, high = (AdapterRewards.load({"own": tmp_path / "own"}, "cpu", f"{t}") for t in ("bfloat16", "float32"))

@@ -128,7 +128,9 @@ class AdapterSettings(Settings):
         ge=0,
         description="precision of the prior around what training starts from: for a coterie the global adapter",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU; on a CPU scores are read in float32 whatever it says"
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     checkpoint_steps: int = Field(default=100, ge=1, description="optimiser steps between two checkpoints")
     seed: int = Field(default=0, ge=0)

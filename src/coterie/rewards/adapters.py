@@ -64,7 +64,7 @@ class AdapterRewards:
 
     @classmethod
     def load(cls, folders: Mapping[str, Path], device: str = "auto", dtype: str = "auto") -> Self:
-        """Load the rewards in `folders`, by name, onto one backbone; dtype auto: that in which they were trained.
+        """Load the rewards in `folders`, by name, onto one backbone; dtype auto: that in which they were scored, and float32 on a CPU.
 
         Raises:
             BadBundle: not adapters of one backbone, or it is another revision than they were trained on.
@@ -80,8 +80,8 @@ class AdapterRewards:
             )
         (backbone, revision), place = backbones.pop(), device_of(device)
         tokenizer = load_tokenizer(str(next(iter(folders.values()))), revision)
-        if dtype == "auto":  # bfloat16 rounds the backbone: other digits would be another reward
-            dtype = next(iter(told.values())).get("dtype", dtype)
+        if dtype == "auto":
+            dtype = _reading(next(iter(told.values())).get("dtype", dtype), place)
         model, found = load_model(backbone, revision, dtype_of(dtype, place), tokenizer.pad_token_id)
         if found != revision:
             raise BadBundle(
@@ -345,7 +345,7 @@ def _write_scores(
     told = {
         "backbone": settings.backbone,
         "revision": revision,
-        "dtype": dtype_of(settings.dtype, device_of(settings.device)),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "max_tokens": settings.max_tokens,
         "center": float(raw[reference].mean()),
         "scale": head.scale,
@@ -359,7 +359,7 @@ def trained_model(settings: RewardSettings, tokenizer: Any, adapter: Path | None
 
     device = device_of(settings.device)
     model, revision = load_model(
-        settings.backbone, settings.revision, dtype_of(settings.dtype, device), tokenizer.pad_token_id
+        settings.backbone, settings.revision, _reading(settings.dtype, device), tokenizer.pad_token_id
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
@@ -374,6 +374,11 @@ def _held_out(folder: Path, asked: TextComparisons) -> float:
     raw = ScoredResponses.load(folder).raw.reindex(asked.response_ids).to_numpy()
     margin = raw[asked.chosen[rows]] - raw[asked.rejected[rows]]
     return mean_loss(asked.reliability[rows] * margin, asked.label[rows], asked.weight[rows])
+
+
+def _reading(trained: str, device: str) -> str:
+    """The dtype in which scores are read: bfloat16 loses a good part of them, and saves a CPU hardly any time."""
+    return "float32" if device == "cpu" else dtype_of(trained, device)
 
 
 def score_weight(folder: Path) -> Array:
