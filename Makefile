@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-policy run-demo test lint bench lock clean
+.PHONY: help demo demo-policy run-demo test lint bench images e2e lock clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,9 +54,16 @@ bench: $(VENV)/.installed ## the figures of the README, each beside its referenc
 	$(BIN)/python -m benchmarks.feedback
 	$(BIN)/python -m benchmarks.serving
 
+images: ## build the images and push them to REGISTRY; prints their digests (docker, podman or buildah)
+	containers/images $(REGISTRY)
+
+e2e: $(VENV)/.installed ## all of it on the cluster of KUBECONFIG, with images pushed to REGISTRY (an hour)
+	$(BIN)/python -m tests.e2e $(REGISTRY) $(E2E)
+
 lock: ## resolve the dependencies anew (needs uv)
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra all -o requirements.lock
 	uv pip compile pyproject.toml --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q --extra dev -c requirements.lock -o requirements-dev.lock
+	for image in router predictor; do uv pip compile --group $$image --python-version 3.11 --python-platform linux --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -q -c requirements.lock --override containers/overrides.txt -o containers/$$image.lock; done
 
 clean: ## remove what the demo and the tools left
 	rm -rf demo demo-policy build .pytest_cache .mypy_cache .ruff_cache .hypothesis
