@@ -51,8 +51,8 @@ def serve(url: str, folder: Path) -> None:
 
     store = open_store(folder / "publish")
     lookup(store, ["nobody"])  # connects
-    feedback = Feedback(
-        FeedbackSettings(database=url, daily_cap=10**6),
+    feedback = Feedback(FeedbackSettings(database=url, daily_cap=10**6))
+    feedback.follow(
         b"a key of the benchmark",
         Published(folder / "publish" / "profiles.parquet"),
         Posteriors(Scorer(Bundle.load(folder / "bundle"), TextEncoder())),

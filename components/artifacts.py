@@ -40,6 +40,15 @@ def show(artifact: Any, text: str) -> None:
     Path(artifact.path).write_text(text, encoding="utf-8")
 
 
+def ending(title: str, state: str, error: str | None) -> str:
+    """How a run has ended, in words; `state` is Kubeflow's."""
+    if state == "SUCCEEDED":
+        return f"**{title}** is done. What it found is in the report: output `page` of the step report.\n"
+    why = f": {error}" if error else ""
+    words = f"**{title}** has ended as {state}{why}."
+    return f"{words} The last lines of the step that failed say why; a new run takes finished steps from the cache.\n"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from coterie import contracts
 from coterie.config import PublishSettings
 from coterie.errors import BackendUnavailable, BadData, CoterieError, RunFailed
-from feature_repo.store import connect, lookup, stored_at, write_store_file
+from feature_repo.store import connect, lookup, project_of, stored_at, write_store_file
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -31,7 +31,8 @@ def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, 
         clustered: folder with assignments.parquet (contracts.ASSIGNMENT).
         out: folder for profiles.parquet (contracts.PROFILE), Feast's registry and, with SQLite, the online store.
             It may be moved afterwards.
-        settings: the Feast project and which online store; Redis is found through COTERIE_REDIS.
+        settings: the Feast project and which online store; Redis is found through COTERIE_REDIS. There a mixture has a
+            project of its own, so that the profiles of the one that serves stay online until the next one does.
 
     Returns:
         profiles, coteries, mixture_version, online_store.
@@ -46,7 +47,7 @@ def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, 
     assignments = contracts.ASSIGNMENT.read(source)
     version = _mixture_version(assignments, source)
     out.mkdir(parents=True, exist_ok=True)
-    write_store_file(out, settings.project, settings.online_store)
+    write_store_file(out, project_of(settings, version), settings.online_store)
     store = connect(out)
     try:
         from feature_repo.definitions import profiles, worker, worker_profile

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from coterie.config import PublishSettings
 from coterie.contracts import write_text
 from coterie.errors import BadConfiguration, BadData
 from coterie.routing import Profile
@@ -24,12 +25,22 @@ REDIS = "COTERIE_REDIS"
 _STORE_FILE, _REGISTRY_FILE, _ONLINE_FILE = "feature_store.yaml", "registry.db", "online.db"
 # Without these a Redis that hangs would hold a lookup's thread for ever, and one that is gone for seconds.
 _REDIS_OPTIONS = {"socket_timeout": "2", "socket_connect_timeout": "2", "retry": "null"}
+# Mixtures that are published no more leave Redis after a year; a profile that old would be stale long since.
+_KEPT_SECONDS = 365 * 24 * 3600
+_VERSION_CHARACTERS = 8  # of a mixture's version, in the name of its project
+
+
+def project_of(settings: PublishSettings, mixture_version: str) -> str:
+    """The Feast project that profiles of a mixture are published in."""
+    if settings.online_store == "sqlite":  # a file of each published folder's own
+        return settings.project
+    return f"{settings.project}_{mixture_version[:_VERSION_CHARACTERS]}"
 
 
 def write_store_file(folder: Path, project: str, online_store: str) -> None:
     """Write feature_store.yaml, with which Feast's own tools read the folder too (`feast -c FOLDER ...`)."""
     online = (
-        {"type": "redis", "connection_string": f"${{{REDIS}}}"}
+        {"type": "redis", "connection_string": f"${{{REDIS}}}", "key_ttl_seconds": _KEPT_SECONDS}
         if online_store == "redis"
         else {"type": "sqlite", "path": _ONLINE_FILE}
     )

@@ -5,12 +5,14 @@ python -m pipelines.coteries --image NAME@sha256:... [--placement pipelines/gpu.
 """
 
 # No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
+import functools
 from pathlib import Path
+from typing import Any
 
 import click
 from kfp import compiler, dsl, kubernetes
 
-from components import data, discovery, policies, rewards
+from components import closing, data, discovery, policies, rewards, serving
 from components.artifacts import SECRETS_FOLDER
 from components.image import TRAIN_IMAGE
 from pipelines.placement import ANYWHERE, Placement, load_placement, placing, put
@@ -33,7 +35,8 @@ DESCRIPTION = (
     "Finds the groups of annotators who agree with each other and gives each group its own reward. "
     "ingest_source: files, globs, s3:// or hf:// addresses of preferences with worker ids; simulated://groups runs it on "
     "made-up annotators. cluster_coteries and embed_rank: auto lets held-out likelihood choose. The worker ids become "
-    "keyed pseudonyms (key COTERIE_PSEUDONYM_KEY of the secret coterie-pipeline) unless ingest_pseudonyms is none."
+    "keyed pseudonyms (key COTERIE_PSEUDONYM_KEY of the secret coterie-pipeline) unless ingest_pseudonyms is none. "
+    "deploy_namespace: where the chart is installed; the bundle serves there if it passes the gate. Empty: it does not."
 )
 
 
@@ -132,6 +135,9 @@ def define(
     judge_seed: int = 0,
     publish_project: str = "coterie",
     publish_online_store: str = "sqlite",
+    deploy_namespace: str = "",
+    deploy_release: str = "coterie",
+    deploy_timeout: int = 900,
 ):
     """All stages; `coterie run` calls this very function in-process."""
     comparisons = data.ingest(
@@ -267,7 +273,24 @@ def define(
         "device": align_device,
         "seed": align_seed,
     }
+
+    def deploy(bundle: Any) -> None:
+        with dsl.If(deploy_namespace != ""):
+            deployed = serving.deploy(
+                bundle=bundle,
+                profiles=published.outputs["profiles"],
+                comparisons=comparisons.outputs["comparisons"],
+                namespace=deploy_namespace,
+                release=deploy_release,
+                timeout=deploy_timeout,
+            )
+        deployed.set_caching_options(False)  # what serves there has changed since
+        use_secrets(deployed)
+        put(deployed, "deploy")
+
     texts = {"bundle": bundled.outputs["model"], "comparisons": comparisons.outputs["comparisons"]}
+    with dsl.If(align_method == "none"):
+        deploy(bundled.outputs["model"])
     with dsl.If(align_method != "none"):
         started = policies.start(**texts, **of_align)
         with dsl.ParallelFor(started.outputs["Output"]) as audience:
@@ -292,6 +315,7 @@ def define(
             policies=dsl.Collected(tuned.outputs["policy"]),
             judged=judged.outputs["judged"],
         )
+        deploy(released.outputs["model"])
 
     put(comparisons, "ingest")
     put(vectors, "encode")
@@ -310,9 +334,15 @@ def define(
 
 
 def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:
-    """The pipeline whose steps run in these places."""
+    """The pipeline whose steps run in these places; however it ends, a last step says so."""
+
+    @functools.wraps(define)
+    def closed(title: Any, *settings: Any) -> None:
+        with dsl.ExitHandler(closing.close(title=title)):
+            define(title, *settings)
+
     with placing(placement):  # Kubeflow learns what a pipeline is by calling its function
-        return dsl.pipeline(name="coteries", description=DESCRIPTION)(define)
+        return dsl.pipeline(name="coteries", description=DESCRIPTION)(closed)
 
 
 coteries = pipeline(ANYWHERE)

@@ -50,7 +50,18 @@ class Place(Settings):
 
 
 Stage = Literal[
-    "ingest", "encode", "embed", "cluster", "publish", "reward", "evaluate", "bundle", "align", "judge", "report"
+    "ingest",
+    "encode",
+    "embed",
+    "cluster",
+    "publish",
+    "reward",
+    "evaluate",
+    "bundle",
+    "align",
+    "judge",
+    "report",
+    "deploy",
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from kfp import compiler, dsl
 
-from components import discovery, feedback
+from components import discovery, feedback, serving
 from components.image import TRAIN_IMAGE
 from pipelines.coteries import use_secrets
 
@@ -18,6 +18,7 @@ COMPILED = Path(__file__).with_name("refresh.yaml")
 DESCRIPTION = (
     "Folds the feedback database into a run: posteriors always; coteries and rewards, through the gate between versions, "
     "if what people want has changed. run: address of the folder of the run that serves, as s3://bucket/runs/first. "
+    "deploy_namespace: where the chart is installed; what is published is deployed there. Empty: it is not. "
     "PGPASSWORD and COTERIE_PSEUDONYM_KEY come from the secret coterie-pipeline."
 )
 
@@ -29,10 +30,13 @@ def refresh(
     always: bool = False,
     publish_project: str = "coterie",
     publish_online_store: str = "redis",
+    deploy_namespace: str = "",
+    deploy_release: str = "coterie",
+    deploy_timeout: int = 900,
 ):
-    """Fold feedback in, and publish the profiles."""
-    serving = dsl.importer(artifact_uri=run, artifact_class=dsl.Dataset, reimport=True)
-    folded = feedback.refresh(run=serving.output, database=database, always=always)
+    """Fold feedback in, publish the profiles, and deploy them with the bundle that is to serve."""
+    imported = dsl.importer(artifact_uri=run, artifact_class=dsl.Dataset, reimport=True)
+    folded = feedback.refresh(run=imported.output, database=database, always=always)
     folded.set_caching_options(False)  # the database has changed since
     published = discovery.publish(
         clustered=folded.outputs["clustered"], project=publish_project, online_store=publish_online_store
@@ -40,6 +44,16 @@ def refresh(
     published.set_caching_options(False)
     use_secrets(folded)
     use_secrets(published)
+    with dsl.If(deploy_namespace != ""):
+        deployed = serving.deploy(  # the bundle has passed the gate, or is the one that serves
+            bundle=folded.outputs["model"],
+            profiles=published.outputs["profiles"],
+            namespace=deploy_namespace,
+            release=deploy_release,
+            timeout=deploy_timeout,
+        )
+    deployed.set_caching_options(False)
+    use_secrets(deployed)
 
 
 def compile_to(path: Path, image: str = TRAIN_IMAGE) -> None:

@@ -12,12 +12,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from grpc_interceptor.server import AsyncServerInterceptor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coterie.errors import BadConfiguration
-from serving.failures import Failure, Unauthorized, failure, response
+from serving.failures import Failure, Refused, Unauthorized, failure, response
 from serving.metrics import RESPONSES
 
 log = logging.getLogger("coterie.serving")
@@ -131,6 +132,20 @@ class GrpcDoor(AsyncServerInterceptor):  # type: ignore[misc]
     def __init__(self, token: bytes | None) -> None:
         self.token = token
 
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Hand bytes that are no message on as None: gRPC itself would call them the server's fault."""
+        handler = await super().intercept_service(continuation, handler_call_details)
+        if handler is None:  # there is no such method
+            return None
+
+        def read(message: bytes) -> Any:
+            try:
+                return handler.request_deserializer(message)
+            except DecodeError:
+                return None
+
+        return handler._replace(request_deserializer=read)
+
     async def intercept(
         self, method: Callable[..., Awaitable[Any]], request_or_iterator: Any, context: Any, method_name: str
     ) -> Any:
@@ -140,6 +155,8 @@ class GrpcDoor(AsyncServerInterceptor):  # type: ignore[misc]
         try:
             if method_name.rpartition("/")[2] not in ("ServerLive", "ServerReady", "ModelReady"):
                 check_token(self.token, str(headers.get("authorization", "")))
+            if request_or_iterator is None:
+                raise Refused("The message is not one of the Open Inference Protocol. Send it as its .proto file says.")
             return await method(request_or_iterator, context)
         except Exception as error:
             said = failure(error)

@@ -38,38 +38,57 @@ _PATIENCE = 30.0  # seconds that a request waits for its commit
 
 
 class Feedback:
-    """Takes votes, and keeps the profiles of those who vote up to date.
+    """Takes votes, and keeps the profiles of those who vote up to date. Before the first `follow` none are taken.
 
     Args:
         settings: the database, the daily cap, the share that is held out.
-        key: ingest's pseudonym key; None where worker ids are used as they came.
-        published: the profiles that feedback comes on top of.
-        infer: places by their mixture.
-        push: puts profiles online (`push_to`).
-
-    Raises:
-        BadConfiguration, BadData, BackendUnavailable: as feedback.database.Database.
     """
 
-    def __init__(
+    def __init__(self, settings: FeedbackSettings) -> None:
+        self._settings = settings
+        self._key: bytes | None = None
+        self.database: Database | None = None
+        self._relay: Relay | None = None
+        self._journal: Journal | None = None
+
+    @property
+    def opened(self) -> bool:
+        """Whether votes are taken."""
+        return self._journal is not None
+
+    def follow(
         self,
-        settings: FeedbackSettings,
         key: bytes | None,
-        published: Published,
+        published: Published | None,
         infer: Infer,
         push: Callable[[Sequence[Profile]], None],
     ) -> None:
-        self._settings, self._key = settings, key
-        self.database = Database(settings.database)
-        self.relay = Relay(self.database, published, infer, push)
-        self._journal = Journal(self.database, settings.daily_cap, settings.most_waiting, self.relay.wake)
-        self.relay.start()
+        """Take votes for the mixture that serves from now on; the first time the database is opened.
+
+        Args:
+            key: ingest's pseudonym key; None where worker ids are used as they came.
+            published: the profiles that feedback comes on top of; None: there are none, votes are stored and wait.
+            infer: places by their mixture.
+            push: puts profiles online (`push_to`).
+
+        Raises:
+            BadConfiguration, BadData, BackendUnavailable: as feedback.database.Database.
+        """
+        self._key = key
+        if self._relay is not None:
+            self._relay.follow(published, infer, push)
+            return
+        self.database = Database(self._settings.database)
+        self._relay = Relay(self.database, published, infer, push)
+        self._journal = Journal(self.database, self._settings.daily_cap, self._settings.most_waiting, self._relay.wake)
+        self._relay.start()
 
     def close(self) -> None:
         """Commit what waits; what is not online yet stays in the outbox."""
-        self._journal.close()
-        self.relay.close()
-        self.database.close()
+        if self._journal is not None and self._relay is not None and self.database is not None:
+            self._journal.close()
+            self._relay.close()
+            self.database.close()
 
     async def take(self, records: list[Any]) -> list[Outcome]:
         """Store comparisons; they are committed when this returns.
@@ -79,6 +98,8 @@ class Feedback:
             BackendUnavailable, StorageFull, Overloaded: not stored, or not known to be; the same request may be sent again.
         """
         try:
+            if self._journal is None:
+                raise BackendUnavailable("the feedback database is not open yet")
             done = self._journal.submit(read_comparisons(records, self._key, self._settings.holdout))
             outcomes = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(done)), _PATIENCE)
         except BaseException as error:
@@ -124,11 +145,11 @@ def routes(feedback: Feedback) -> APIRouter:
             return _refusal(409, str(error))
         except Overloaded as error:
             return _refusal(429, str(error), retry=1)
-        except StorageFull:
-            log.exception("feedback was not stored")
+        except StorageFull as error:
+            log.error("feedback was not stored: %s", error)
             return _refusal(507, "The feedback database is full; nothing was stored. Send it again later.", retry=60)
-        except BackendUnavailable:
-            log.exception("feedback was not stored")
+        except BackendUnavailable as error:
+            log.error("feedback was not stored: %s", error)
             words = "The feedback database does not take votes now. Send the same request again: it counts once."
             return _refusal(503, words, retry=1)
         except Exception:
@@ -152,6 +173,10 @@ class FeedbackModel(kserve.Model):  # type: ignore[misc]
         super().__init__(MODEL)
         self._feedback = feedback
         self.ready = True
+
+    async def healthy(self) -> bool:
+        """Ready when votes are taken."""
+        return bool(self.ready) and self._feedback.opened
 
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: Any = None

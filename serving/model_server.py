@@ -54,6 +54,7 @@ def model_server(
     from serving.doors import Door, GrpcDoor, load_token
 
     token, limit = load_token(environ), int(settings.max_body_mb * 2**20)
+    followers: list[Callable[[], Any]] = []  # of the bundle that serves
 
     class Repository(ModelRepository):  # type: ignore[misc]
         """Models that stay registered: an unloaded one is not ready, and can be loaded again."""
@@ -75,6 +76,11 @@ def model_server(
             if predictor is not None:
                 accept = router.refusal if router is not None else lambda _: None
                 await asyncio.to_thread(predictor.switch, accept)
+                for follow in followers:
+                    try:
+                        await asyncio.to_thread(follow)
+                    except CoterieError as error:
+                        log.error("feedback stays with the bundle before: %s", error)
             model.ready = True
             return {"name": model_name, "load": True}
 
@@ -134,11 +140,13 @@ def model_server(
             if self._error is not None:
                 raise self._error
 
-        def take_feedback(self, feedback: Feedback) -> None:
-            """Answer POST /v1/feedback, and the model coterie-feedback."""
+        def take_feedback(self, feedback: Feedback, follow: Callable[[], Any] | None = None) -> None:
+            """Answer POST /v1/feedback, and the model coterie-feedback; `follow` is called after each switch of bundles."""
             from serving.feedback import FeedbackModel, routes
 
             self._feedback = feedback
+            if follow is not None:
+                followers.append(follow)
             app.include_router(routes(feedback))
             self.register_model(FeedbackModel(feedback))
 
@@ -167,6 +175,7 @@ def model_server(
             return server
 
         async def _behind(self) -> None:
+            await self._listens()  # whatever is imported behind would hold that up
             try:
                 if self._background is not None:
                     await self._background()
@@ -174,9 +183,12 @@ def model_server(
                 self._error = error
                 self._rest_server._server.should_exit = True
 
-        async def _greet(self) -> None:
+        async def _listens(self) -> None:
             while not self._rest_server._server.started:
                 await asyncio.sleep(0.05)
+
+        async def _greet(self) -> None:
+            await self._listens()
             if self._greeting:
                 print(self._greeting, flush=True)
 

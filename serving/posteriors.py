@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import httpx
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from coterie.errors import BackendUnavailable, BadData
-from coterie.feedback.evidence import Evidence, Infer, Place
+from coterie.feedback.evidence import Evidence, Place
+
+if TYPE_CHECKING:
+    from coterie.feedback.posteriors import Posteriors
 
 PATH = "/v1/posteriors"
 _TOO_MUCH = (400, 413, 422)
@@ -32,17 +36,19 @@ class Answer(BaseModel):
     places: list[Place]
 
 
-def routes(infer: Infer, mixture_version: str) -> APIRouter:
-    """The predictor's side. One question is worked on at a time."""
+def routes(serving: Callable[[], Posteriors]) -> APIRouter:
+    """The predictor's side, by the bundle that serves when a question comes. One is worked on at a time."""
     router, turn = APIRouter(), asyncio.Lock()
 
     @router.post(PATH)
     async def posteriors(question: Question) -> Answer:
         """Infer places by this predictor's mixture."""
-        if question.mixture_version != mixture_version:
-            return Answer(mixture_version=mixture_version, places=[])
+        infer = serving()
+        if question.mixture_version != infer.mixture_version:
+            return Answer(mixture_version=infer.mixture_version, places=[])
         async with turn:
-            return Answer(mixture_version=mixture_version, places=await asyncio.to_thread(infer, question.people))
+            places = await asyncio.to_thread(infer, question.people)
+        return Answer(mixture_version=infer.mixture_version, places=places)
 
     return router
 

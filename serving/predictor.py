@@ -19,6 +19,7 @@ from coterie.config import ServeSettings
 from coterie.contracts import ROUTE_TENSORS, Manifest, Prediction, RoutedRequest
 from coterie.encoding import Encoder
 from coterie.errors import BadBundle, CoterieError
+from coterie.feedback.posteriors import Posteriors
 from coterie.scoring import Scorer, load_scorer
 from serving.batching import Batches
 from serving.failures import BundleRefused, Unavailable
@@ -47,6 +48,7 @@ class Predictor(Model):
         super().__init__(name)
         self.folder, self._encoder, self._settings = folder, encoder, settings or ServeSettings()
         self._scorer: Scorer | None = None
+        self._posteriors: Posteriors | None = None
         self._switching = threading.Lock()
         self._batches = Batches(
             answer, self._settings.batch_texts, self._settings.batch_wait_ms / 1000, self._settings.queue_texts
@@ -64,6 +66,14 @@ class Predictor(Model):
         if self._scorer is None:
             raise Unavailable(f"The model {self.name} is not ready.")
         return self._scorer
+
+    @property
+    def posteriors(self) -> Posteriors:
+        """Of the bundle that serves now. Raises Unavailable: none does yet."""
+        scorer = self.scorer
+        if self._posteriors is None or self._posteriors.scorer is not scorer:
+            self._posteriors = Posteriors(scorer)
+        return self._posteriors
 
     def warm_up(self) -> None:
         """Load bundle and encoder and score the golden texts; then the predictor is ready.

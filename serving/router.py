@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ log = logging.getLogger("coterie.serving")
 
 _MANIFEST_SECONDS = 30.0  # between two looks at which bundle the predictor serves
 _RETRY_SECONDS = 0.5
+_UNSETTLED_SECONDS = 5.0
 
 
 class Router(Model):
@@ -111,11 +112,20 @@ class Router(Model):
             return False
         return self.predictor is None or await self.predictor.healthy()
 
-    async def watch(self, url: str) -> None:
-        """Learn at `url` which bundle a predictor elsewhere serves, again and again; ends when it is cancelled."""
+    async def watch(self, url: str, follow: Callable[[Manifest], Awaitable[bool]] | None = None) -> None:
+        """Learn at `url` which bundle a predictor elsewhere serves, again and again; ends when it is cancelled.
+
+        Args:
+            url: where the predictor tells.
+            follow: called with each new bundle's manifest, and again soon until it returns True.
+        """
+        followed = None
         while True:
-            await self.meet(url)
-            await asyncio.sleep(_MANIFEST_SECONDS)
+            manifest = await self.meet(url)
+            version = manifest.model_version
+            if follow is not None and version != followed:
+                followed = version if await follow(manifest) else None
+            await asyncio.sleep(_MANIFEST_SECONDS if follow is None or followed else _UNSETTLED_SECONDS)
 
     async def meet(self, url: str) -> Manifest:
         """Learn at `url` which bundle a predictor elsewhere serves, as soon as it tells."""

@@ -11,19 +11,23 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
-from coterie.cli import PathOption, read_settings, settings_options
 from coterie.config import FeedbackSettings, ServeSettings
-from coterie.errors import BadConfiguration, BadData, CoterieError
+from coterie.errors import BackendUnavailable, BadConfiguration, BadData, CoterieError
 from coterie.ingest.pseudonyms import KEY_FILE_VARIABLE, KEY_VARIABLE, load_key
+from coterie.options import PathOption, read_settings, settings_options
 from serving.model_server import model_server
 
 if TYPE_CHECKING:
+    from feast import FeatureStore
+
+    from coterie.contracts import Manifest
     from coterie.encoding import Encoder
     from coterie.feedback.evidence import Infer
     from coterie.routing import Profile
@@ -34,6 +38,7 @@ log = logging.getLogger("coterie.serving")
 
 ROUTER, PREDICTOR = "coterie", "coterie-predictor"
 PROFILES_FILE = "profiles.parquet"
+ABSENT = ("torch", "transformers", "sklearn", "scipy")  # from the router: it computes nothing
 
 
 def serve(
@@ -95,10 +100,20 @@ def serve(
     greeting = f"{state} {manifest.name} {manifest.model_version[:12]} on {address}\n{_example(host, port)}"
     server = model_server(settings, environ, host, port, grpc_port, predictor, router, store)
     if feedback is not None:
-        from coterie.feedback.posteriors import Posteriors
+        taking = _feedback(feedback)
 
-        taking = _feedback(feedback, key, store, source, manifest.mixture_version, Posteriors(predictor.scorer))
-        server.take_feedback(taking)
+        def follow() -> None:
+            infer = predictor.posteriors
+            _follow(taking, infer.scorer.bundle.manifest, key, store, source, infer)
+
+        if _online(store, manifest.mixture_version) is None:
+            raise BadData(
+                f"{profiles}: no profiles of mixture {manifest.mixture_version}, on top of which feedback comes. Publish "
+                "those of the bundle's run, or serve with --no-feedback."
+            )
+        if refusal is None:  # else people would be named with another key
+            follow()
+        server.take_feedback(taking, follow)
     server.run([router, predictor], greeting=greeting)
 
 
@@ -111,7 +126,6 @@ def predictor_command(bundle: Path, **values: Any) -> None:
         settings = read_settings(ServeSettings, values)
         from kserve.model_server import app, args
 
-        from coterie.feedback.posteriors import Posteriors
         from serving.posteriors import routes as posteriors
         from serving.predictor import Predictor
 
@@ -121,10 +135,8 @@ def predictor_command(bundle: Path, **values: Any) -> None:
 
         async def warm_up() -> None:
             await asyncio.to_thread(predictor.warm_up)
-            app.include_router(
-                posteriors(Posteriors(predictor.scorer), predictor.scorer.bundle.manifest.mixture_version)
-            )
 
+        app.include_router(posteriors(lambda: predictor.posteriors))
         server.run([predictor], warm_up)
 
 
@@ -136,13 +148,14 @@ def predictor_command(bundle: Path, **values: Any) -> None:
 @settings_options(FeedbackSettings)
 def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **values: Any) -> None:
     """The router alone; KServe's own arguments are understood as well."""
+    for name in ABSENT:  # Feast and what it brings would import them where they are installed, for seconds
+        sys.modules[name] = None  # type: ignore[assignment]
     with _in_words():
         of_feedback = FeedbackSettings.of(**{name: values.pop(name) for name in FeedbackSettings.model_fields})
         settings = read_settings(ServeSettings, values)
         from kserve.model_server import args
 
         from serving.doors import bearer, load_token
-        from serving.posteriors import RemotePosteriors
         from serving.profiles import FeastProfiles, Profiles
         from serving.router import Router
 
@@ -155,45 +168,60 @@ def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **v
         held_out = of_feedback.holdout if feedback else 0.0
         router = Router(args.model_name, key, source, settings=settings, held_out=held_out)
         url = manifest_url or f"http://{args.predictor_host}/v2/models/{args.model_name}/manifest"
+        headers = bearer(load_token(os.environ))
         server = model_server(
             settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, router=router, store=store
         )
 
-        async def warm_up() -> None:  # the server lives meanwhile; Feast takes ten seconds to import
+        async def warm_up() -> None:  # the server lives meanwhile; Feast takes five seconds to import
+            taking = await asyncio.to_thread(_feedback, of_feedback) if feedback else None
+            if taking is not None:
+                server.take_feedback(taking)
             await asyncio.to_thread(store.open)
-            if not feedback:
-                await router.watch(url)
-            manifest = await router.meet(url)
-            headers = bearer(load_token(os.environ))
+            await router.watch(url, None if taking is None else partial(follow, taking))
+
+        async def follow(taking: Feedback, manifest: Manifest) -> bool:
+            from serving.posteriors import RemotePosteriors
+
+            if router.refusal(manifest) is not None:  # people would be named with another key
+                return False
             infer = RemotePosteriors(url.partition("/v2/")[0], manifest.mixture_version, headers)
-            named = router.key if manifest.key_fingerprint else None
-            server.take_feedback(
-                await asyncio.to_thread(_feedback, of_feedback, named, store, source, manifest.mixture_version, infer)
-            )
-            await router.watch(url)
+            try:
+                await asyncio.to_thread(store.open)  # there may be more by now
+                return await asyncio.to_thread(_follow, taking, manifest, key, store, source, infer)
+            except CoterieError as error:
+                if not (taking.opened or isinstance(error, BackendUnavailable)):
+                    raise  # what does not pass, such as a database that would lose votes
+                log.error("feedback waits: %s", error)
+                return False
 
         server.run([router], warm_up)
 
 
-def _feedback(
-    settings: FeedbackSettings,
-    key: bytes | None,
-    store: FeastProfiles,
-    source: Profiles,
-    mixture_version: str,
-    infer: Infer,
-) -> Feedback:
-    """Feedback on top of the profiles of a mixture. Raises BadData: none are published."""
-    from coterie.feedback.relay import Published
-    from serving.feedback import Feedback, push_to
+def _feedback(settings: FeedbackSettings) -> Feedback:
+    """Imported late: the database takes a while."""
+    from serving.feedback import Feedback
 
-    found = ((Published(folder / PROFILES_FILE), online) for folder, online in store.opened().items())
-    published, online = next(((p, online) for p, online in found if p.mixture_version == mixture_version), (None, None))
-    if published is None or online is None:
-        raise BadData(
-            f"{store.folder}: no profiles of mixture {mixture_version}, on top of which feedback comes. Publish those of "
-            "the bundle's run, or serve with --no-feedback."
+    return Feedback(settings)
+
+
+def _follow(
+    feedback: Feedback, manifest: Manifest, key: bytes | None, store: FeastProfiles, source: Profiles, infer: Infer
+) -> bool:
+    """Let feedback come on top of the profiles of the mixture that serves. Return whether there are any."""
+    from coterie.feedback.relay import Published
+    from serving.feedback import push_to
+
+    named, found = key if manifest.key_fingerprint else None, _online(store, manifest.mixture_version)
+    if found is None:
+        log.error(
+            "%s: no profiles of mixture %s. Feedback is stored, and waits for them: publish those of the bundle's run.",
+            store.folder,
+            manifest.mixture_version,
         )
+        feedback.follow(named, None, infer, lambda _: None)
+        return False
+    folder, online = found
     write = push_to(online)
 
     def push(profiles: Sequence[Profile]) -> None:
@@ -201,7 +229,16 @@ def _feedback(
         for profile in profiles:  # else the router would know it only when its cache is old
             source.forget(profile.worker_id)
 
-    return Feedback(settings, key, published, infer, push)
+    feedback.follow(named, Published(folder / PROFILES_FILE), infer, push)
+    return True
+
+
+def _online(store: FeastProfiles, mixture_version: str) -> tuple[Path, FeatureStore] | None:
+    """The published folder of a mixture, and its store."""
+    from coterie.feedback.relay import mixture_of
+
+    found = (one for one in store.opened().items() if mixture_of(one[0] / PROFILES_FILE) == mixture_version)
+    return next(found, None)
 
 
 def _log_json() -> None:

@@ -75,7 +75,8 @@ if __name__ == "__main__":
     def infer(people):
         return [Place(posterior=[0.5, 0.5], embedding=[0.0], reliability=1.0) for _ in people]
 
-    feedback = Feedback(FeedbackSettings(database=url, **settings), KEY, Published(publish_nobody(folder)), infer, push)
+    feedback = Feedback(FeedbackSettings(database=url, **settings))
+    feedback.follow(KEY, Published(publish_nobody(folder)), infer, push)
     app = FastAPI()
     app.include_router(routes(feedback))
     app.get("/live")(lambda: "yes")

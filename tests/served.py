@@ -138,7 +138,7 @@ def make_bundle(root, version="m1", seed=1):
     return root / "bundle"
 
 
-def publish_profiles(root, version="m1", folder="publish"):
+def publish_profiles(root, version="m1", folder="publish", **settings):
     """Publish a profile for each of WORKERS beside the bundle."""
     from feature_repo.publish import publish
 
@@ -152,7 +152,7 @@ def publish_profiles(root, version="m1", folder="publish"):
         "mixture_version": [version] * 3,
     }
     contracts.ASSIGNMENT.write(root / "cluster" / "assignments.parquet", columns, embedding=2, posterior=3)
-    publish(root / "cluster", root / folder, PublishSettings())
+    publish(root / "cluster", root / folder, PublishSettings(**settings))
 
 
 # ------------------------------------------------------------------------------------------------------ server

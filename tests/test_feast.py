@@ -215,13 +215,34 @@ def test_redis_takes_a_second_publication_even_from_a_clock_that_runs_behind(red
     ahead["event_timestamp"] += timedelta(hours=1)
     connect(tmp_path / "first").write_to_online_store("worker_profile", df=ahead)
 
-    columns = write_assignments(tmp_path / "two", version="m2", seed=1)
+    columns = write_assignments(tmp_path / "two", seed=1)
     publish(tmp_path / "two", tmp_path / "second", settings)
     profiles = lookup(open_store(tmp_path / "second"), WORKERS)
     assert_profiles(profiles, columns)
     table = contracts.PROFILE.read(tmp_path / "second" / "profiles.parquet")
     just_after = ahead["event_timestamp"][0].to_pydatetime() + timedelta(microseconds=1)
     assert table["event_timestamp"][0].as_py() == just_after
+
+
+def test_two_mixtures_are_online_in_redis_at_once_and_each_is_removed_from_its_own_folder(redis, tmp_path):
+    from feature_repo.publish import publish
+    from feature_repo.store import lookup, open_store, remove
+
+    settings = PublishSettings(online_store="redis")
+    columns = {}
+    for seed, version in enumerate(["0123456789abcdef", "fedcba9876543210"]):
+        columns[version] = write_assignments(tmp_path / version, version=version, seed=seed)
+        publish(tmp_path / version, tmp_path / "online" / version, settings)
+    stores = {version: open_store(tmp_path / "online" / version) for version in columns}
+    assert [store.project for store in stores.values()] == ["coterie_01234567", "coterie_fedcba98"]
+    for version, store in stores.items():
+        assert_profiles(lookup(store, WORKERS), columns[version])
+    both = asyncio.run(opened(tmp_path / "online").get(["w1"]))[0]
+    assert [profile.mixture_version for profile in both] == list(columns)
+    first, second = stores.values()
+    assert remove(first, "w1")
+    assert lookup(first, ["w1"]) == [None]
+    assert lookup(second, ["w1"]) != [None]
 
 
 def test_a_redis_that_hangs_or_dies_is_an_outage_and_is_found_again(redis, tmp_path):

@@ -23,7 +23,7 @@ from coterie.feedback.evidence import Evidence, Place, Prior, Said, weights
 from coterie.feedback.intake import read_comparisons
 from coterie.feedback.journal import Journal
 from coterie.feedback.posteriors import Posteriors
-from coterie.feedback.relay import Published, Relay
+from coterie.feedback.relay import UNPUBLISHED, Published, Relay
 from coterie.feedback.tables import FEEDBACK, FOLDED, FOLDING, OUTBOX, STAMP
 from coterie.scoring import Scorer
 from tests.databases import postgres
@@ -244,6 +244,34 @@ def test_a_new_publication_has_everybodys_feedback_added_but_for_what_it_was_mad
     ]
 
 
+def test_a_relay_follows_to_another_publication_and_waits_where_there_is_none(lite, tmp_path):
+    first, second = Someone(), Someone()
+    relay = Relay(lite, published(tmp_path / "one"), first.infer, first.push)
+    relay.start()
+
+    def settled(until):
+        relay.wake()
+        deadline = time.monotonic() + 20
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    vote(lite, "ann", 1)
+    settled(lambda: first.pushed and not waiting(lite))
+    relay.follow(None, first.infer, first.push)
+    settled(lambda: UNPUBLISHED._value.get() == 1)
+    vote(lite, "ann", 2)
+    relay.wake()
+    time.sleep(1)
+    assert (waiting(lite), len(first.pushed)) == (1, 1)
+    relay.follow(published(tmp_path / "two", "m2", when=9), second.infer, second.push)
+    settled(lambda: second.pushed and not waiting(lite))
+    relay.close()
+    assert [(p.worker_id, p.mixture_version, p.comparisons) for p in second.pushed] == [("ann", "m2", 12)]
+    assert (len(first.pushed), UNPUBLISHED._value.get()) == (1, 0)
+    assert second.pushed[0].event_timestamp > first.pushed[0].event_timestamp
+
+
 def test_feedback_reaches_feast_and_can_be_taken_out(lite, staged, posteriors, tmp_path):
     from feature_repo.publish import publish
     from feature_repo.store import lookup, open_store, remove
@@ -299,7 +327,7 @@ def test_a_router_asks_the_predictor_where_people_stand(posteriors, monkeypatch)
     from serving.posteriors import RemotePosteriors, routes
 
     app = FastAPI()
-    app.include_router(routes(posteriors, "m1"))
+    app.include_router(routes(lambda: posteriors))
     people = [Evidence(said=[Said(prompt="p", chosen="tea " * 9, rejected="tea")])]
     remote, other = RemotePosteriors("http://predictor", "m1"), RemotePosteriors("http://predictor", "m2")
     with pytest.raises(BackendUnavailable, match="infers no posteriors: ConnectError"):

@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,3 +151,28 @@ def test_the_predictor_takes_the_route_of_its_own_mixture():
     stale = Route(source="global", reason="stale-profile")
     assert choose([old, stale], "m2", 2).reason == "stale-profile"
     assert choose([stale, new], "m2", 2) == new
+
+
+def test_a_router_has_each_new_bundle_followed_until_that_could_be_done(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["test"])  # kserve reads the command line when it is imported
+    from serving import router
+
+    monkeypatch.setattr(router, "_MANIFEST_SECONDS", 0)
+    monkeypatch.setattr(router, "_UNSETTLED_SECONDS", 0)
+    serves, followed = iter(["v1", "v1", "v1", "v1", "v2", "v1"]), []
+
+    async def meet(url):
+        version = next(serves, None)
+        if version is None:
+            raise EOFError
+        return SimpleNamespace(model_version=version)
+
+    async def follow(manifest):
+        followed.append(manifest.model_version)
+        return len(followed) > 2
+
+    watching = router.Router("coterie", None, None)
+    monkeypatch.setattr(watching, "meet", meet)
+    with pytest.raises(EOFError):
+        asyncio.run(watching.watch("http://predictor", follow))
+    assert followed == ["v1", "v1", "v1", "v2", "v1"]

@@ -255,6 +255,64 @@ def test_feedback_moves_the_person_and_the_holdout_is_the_global_rewards(run, tm
         assert found.source in ("profile", "global")
 
 
+def test_feedback_follows_the_bundle_that_serves_and_waits_for_profiles_that_are_not_there_yet(versions, run, tmp_path):
+    from coterie.client import Client
+    from coterie.contracts import Instance
+
+    online, late = tmp_path / "online", versions / "online" / "m2"
+    shutil.copytree(versions / "online" / "m1", online / "m1")
+    (run / "publish").unlink()
+    (run / "publish").symlink_to(online)
+    newcomer = [Instance(worker_id="newcomer", prompt=PROMPT, responses=RESPONSES)]
+    told = {"database": f"sqlite:///{tmp_path / 'feedback.db'}"}
+    with (
+        serving(run, environ={"FEEDBACK": json.dumps(told)}, cache_seconds=0) as (_, url, log),
+        Client(url, timeout=60) as client,
+    ):
+
+        def votes(*numbers):
+            sent = [
+                {"worker_id": "newcomer", "prompt": f"p {n}", "chosen": "boat.", "rejected": "a train!"}
+                for n in numbers
+            ]
+            assert {one["status"] for one in client.feedback(sent)} == {"stored"}
+
+        def found(mixture, other=None):
+            deadline = time.monotonic() + 60
+            while True:
+                answer = client.predict(newcomer)[0]
+                assert answer.mixture_version == mixture
+                if answer.source == "profile" and answer.posterior != other:
+                    return answer.posterior
+                assert answer.source == "profile" or answer.reason in ("unknown-worker", "other-mixture")
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+
+        def switch(version):
+            point(run, versions / version / "bundle")
+            assert httpx.post(url + LOAD, timeout=60).status_code == 200
+
+        votes(0, 1)
+        first = found("m1")
+        switch("m2")
+        votes(2)
+        time.sleep(1.5)  # three rounds
+        assert client.predict(newcomer)[0].reason == "other-mixture"
+        metrics = httpx.get(f"{url}/metrics").text
+        assert "coterie_feedback_unpublished 1.0" in metrics
+        assert "coterie_feedback_outbox 1.0" in metrics
+        assert "no profiles of mixture m2" in log.read_text()
+
+        shutil.copytree(late, online / "m2")
+        switch("m2")
+        second = found("m2")
+        assert "coterie_feedback_unpublished 0.0" in httpx.get(f"{url}/metrics").text
+        votes(3)
+        found("m2", other=second)
+        switch("m1")  # back: all four votes count there too
+        found("m1", other=first)
+
+
 def test_the_log_tells_the_time_in_utc_wherever_it_runs(monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()

@@ -105,6 +105,41 @@ def test_a_router_lives_before_its_predictor_does_and_is_ready_after_it(run):
             assert httpx.post(f"{url}/v1/models/mine:predict", json=BODY, timeout=60).status_code == 200
 
 
+IMPORTED = """
+import runpy, sys, threading, time
+import uvicorn
+
+def imported(when):
+    print(when, *sorted({name.partition(".")[0] for name, module in list(sys.modules.items()) if module}), flush=True)
+
+async def startup(self, *args, **kwargs):
+    await starting(self, *args, **kwargs)
+    imported("LIVE")
+
+def look():
+    while not {"feast.infra.online_stores.sqlite", "serving.feedback"} <= sys.modules.keys():
+        time.sleep(0.1)
+    time.sleep(1)
+    imported("READY")
+
+starting, uvicorn.Server.startup = uvicorn.Server.startup, startup
+threading.Thread(target=look, daemon=True).start()
+runpy.run_module("serving.router", run_name="__main__")
+"""
+
+
+def test_a_router_lives_before_its_heavy_imports_and_never_makes_those_of_who_computes(run):
+    log = run / "imported.log"
+    command = [sys.executable, "-c", IMPORTED, "--profiles", str(run / "publish"), "--model_name", "mine", "--feedback"]
+    command += ["--http_port", str(free_port()), "--grpc_port", str(free_port()), "--predictor_host", "127.0.0.1:1"]
+    with process(command, log, lambda: "READY" in log.read_text(), COTERIE_PSEUDONYM_KEY=KEY):
+        live, ready = (set(line.split()) for line in log.read_text().splitlines() if line.startswith(("LIVE", "READY")))
+    assert {"kserve", "httpx"} <= live
+    assert not live & {"feast", "dask", "sqlalchemy", "alembic", "psycopg"}
+    assert {"feast", "sqlalchemy"} <= ready
+    assert not ready & {"torch", "transformers", "sklearn", "scipy", "sentence_transformers", "peft"}
+
+
 def test_a_router_with_another_key_than_ingests_is_never_ready(run):
     http, port = free_port(), free_port()
     url, log = f"http://127.0.0.1:{port}", run / f"router-{port}.log"

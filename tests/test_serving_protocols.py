@@ -8,8 +8,6 @@ import httpx
 import numpy as np
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from coterie import contracts
 from coterie.bundle import Bundle
@@ -288,50 +286,6 @@ def test_a_binary_body_that_is_none_is_a_bad_request(server):
         response = httpx.post(f"{server[0]}/v2/models/coterie/infer", content=b'{"inputs": 1}', headers=headers)
         assert response.status_code == 400
         assert "Traceback" not in response.text
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["instances", "prompt", "responses", "worker_id", "comparisons", "inputs", "name", "data", "x"]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
-@given(body=JSON, path=st.sampled_from(["/v1/models/coterie:predict", "/v2/models/coterie/infer"]))
-def test_no_generated_body_is_a_server_error(client, body, path):
-    response = client.post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
-    assert 400 <= response.status_code < 500
-    assert response.json()["error"]
-
-
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
-@given(
-    name=st.sampled_from([*contracts.WORKER_TENSORS, "other"]),
-    shape=st.lists(st.integers(-2, 2**40), max_size=3),
-    datatype=st.sampled_from(["BYTES", "INT32", "FP16", "BOOL", "UINT64", "nothing"]),
-    data=st.lists(JSON, max_size=4),
-)
-def test_no_generated_tensor_is_a_server_error(client, name, shape, datatype, data):
-    body = infer_body(QUESTIONS)
-    body["inputs"] = [one for one in body["inputs"] if one["name"] != name]
-    body["inputs"].append({"name": name, "shape": shape, "datatype": datatype, "data": data})
-    content = json.dumps(body).encode()
-    response = client.post("/v2/models/coterie/infer", content=content, headers={"content-type": "application/json"})
-    assert response.status_code in (200, 400)
 
 
 @pytest.fixture(scope="module")

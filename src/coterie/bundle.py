@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
 from coterie import __version__
 from coterie.config import BundleSettings
@@ -40,16 +39,11 @@ from coterie.contracts import (
 )
 from coterie.discovery.features import FeatureMap
 from coterie.errors import BadBundle, BadData
+from coterie.manifest import GOLDEN_FILE, MANIFEST_FILE, RECORDS, check_sums, files_of, read_manifest, sha256
 from coterie.rewards import PersonalHead, RewardHead, serving_own
 from coterie.rewards.scored import ScoredResponses, States, has_adapter
 
-MANIFEST_FILE, GOLDEN_FILE, REFERENCE_FILE, CARD_FILE = (
-    "manifest.json",
-    "golden.json",
-    "reference.safetensors",
-    "README.md",
-)
-RECORDS = {"stage.json", "metrics.json"}  # a stage's own, beside what it made
+REFERENCE_FILE, CARD_FILE = "reference.safetensors", "README.md"
 _NOT_SERVED = {*RECORDS, HEAD_FILE, SCORES_FILE, STATES_FILE}  # of a reward's folder: the head is written anew, centred
 _GOLDEN_PROMPTS = 8
 _SERVED: dict[Ships, str] = {
@@ -89,9 +83,9 @@ class Bundle:
         Raises:
             BadBundle: not a bundle, of a newer schema, or with files that are missing, changed or not in the manifest.
         """
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if verify:
-            _verify(path, manifest)
+            check_sums(path, manifest)
         try:
             heads = {file.parent.name: RewardHead.load(file) for file in sorted(path.glob(f"rewards/*/{HEAD_FILE}"))}
             features = FeatureMap.load(path / FEATURES_FILE)
@@ -221,7 +215,7 @@ def seal(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         model_version, mixture_version, the number of files and their bytes.
     """
-    files = {name: _sha256(out / name) for name in _files(out)}
+    files = {name: sha256(out / name) for name in files_of(out)}
     version = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
     manifest = Manifest(model_version=version, files=files, **described)
     write_text(out / MANIFEST_FILE, manifest.model_dump_json(indent=1))
@@ -314,56 +308,6 @@ posterior means something beside this mixture only.
 
 Load it with `coterie score` or `coterie serve`. Made by {described["created_by"]}.
 """
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST_FILE
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadBundle(
-            f"{path}: no {MANIFEST_FILE}, so no bundle. Give the folder that `coterie bundle` wrote."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BadBundle(f"{file}: not readable ({error}). Fetch or make the bundle again.") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    known = Manifest.model_fields["schema_version"].default
-    if version != known:
-        newer = isinstance(version, int) and version > known
-        remedy = "Upgrade coterie." if newer else "Make the bundle again with this version of coterie."
-        raise BadBundle(f"{file}: manifest schema version {version}, this program reads {known}. {remedy}")
-    try:
-        return Manifest(**raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadBundle(f"{file}: {place}: {first['msg']}. Fetch or make the bundle again.") from error
-
-
-def _verify(path: Path, manifest: Manifest) -> None:
-    found = set(_files(path))
-    for name, expected in manifest.files.items():
-        if name not in found:
-            raise BadBundle(f"{path}: {name} is missing. Fetch or make the bundle again.")
-        if _sha256(path / name) != expected:
-            raise BadBundle(
-                f"{path}: {name} is not the file that the manifest names (SHA-256). Fetch the bundle again."
-            )
-    if foreign := sorted(found - manifest.files.keys()):
-        raise BadBundle(f"{path}: {', '.join(foreign)} is not in the manifest. Remove it, or fetch the bundle again.")
-
-
-def _files(path: Path) -> list[str]:
-    """The bundle's files; not the stage's own records, nor hidden ones, which a hub or a volume adds and nothing reads."""
-    own = {MANIFEST_FILE, *RECORDS}
-    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    visible = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-    return sorted(name for name in visible if name not in own)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:

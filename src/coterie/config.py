@@ -224,6 +224,20 @@ class PublishSettings(Settings):
     )
 
 
+class DeploySettings(Settings):
+    """Which release of the chart a bundle is deployed to."""
+
+    namespace: str = Field(
+        default="",
+        pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$",
+        description="that the chart is installed in; empty: nothing is deployed",
+    )
+    release: str = Field(
+        default="coterie", pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", description="name of the Helm release there"
+    )
+    timeout: int = Field(default=900, ge=1, description="seconds that a rollout may take before it is undone")
+
+
 class ServeSettings(Settings):
     """Router and predictor; each setting is also an environment variable, as in COTERIE_PROFILE_DEADLINE_MS."""
 
@@ -287,6 +301,7 @@ class Recipe(Settings):
     align: AlignSettings = AlignSettings()
     judge: JudgeSettings = JudgeSettings()
     publish: PublishSettings = PublishSettings()
+    deploy: DeploySettings = DeploySettings()
 
     def arguments(self) -> dict[str, Any]:
         """The pipeline's parameters: `<stage>_<field>` for every field of every stage that differs from its default."""

@@ -17,6 +17,7 @@ from coterie.contracts import GLOBAL, Example, Route
 from coterie.discovery import Votes
 from coterie.encoding import Encoder, load_encoder, style_features
 from coterie.errors import BadBundle
+from coterie.golden import disagreement
 from coterie.placing import Placing
 from coterie.rewards import serving_own
 from coterie.routing import fall_back
@@ -24,8 +25,6 @@ from coterie.routing import fall_back
 Array = NDArray[np.floating]
 
 MASS = 0.95  # of a posterior that is averaged over; the rest is coteries that hardly matter
-GOLDEN_TOLERANCE = 1e-3  # of a calibrated score
-BFLOAT16_NOISE = 0.25  # root mean square of what bfloat16 may change, in standard deviations of the scores
 
 
 def leading_coteries(posterior: Array, mass: float = MASS) -> Array:
@@ -248,25 +247,13 @@ def check_golden(scorer: Scorer) -> None:
         Question(entry["prompt"], entry["responses"], None if person is None else uniform.tolist(), person)
         for entry, person in zip(golden, people, strict=True)
     ]
-    then: dict[str, list[Array]] = {}
-    off: dict[str, list[Array]] = {}
-    for entry, now in zip(golden, scorer.score_many(questions), strict=True):
-        told = [("global", now.by_global), ("coteries", now.by_coterie)]
-        told += [("personal", now.scores)] if "personal" in entry else []
-        for name, scores in told:
-            then.setdefault(name, []).append(np.asarray(entry[name]))
-            off.setdefault(name, []).append(np.abs(then[name][-1] - scores))
-    for name, parts in off.items():
-        worst = [float(part.max()) for part in parts]
-        if scorer.exact:
-            agrees = max(worst) <= GOLDEN_TOLERANCE
-        else:
-            noise = np.sqrt(np.mean(np.concatenate(parts) ** 2))
-            agrees = bool(noise <= BFLOAT16_NOISE * np.std(np.concatenate(then[name])))
-        if not agrees:
-            entry = golden[int(np.argmax(worst))]
-            raise BadBundle(
-                f"{scorer.bundle.path}: golden score ({name}) of the prompt {entry['prompt'][:40]!r} is off by {max(worst):.2g}. "
-                "The encoder computes something else here than where the bundle was made: use the same versions "
-                "of torch, transformers and sentence-transformers, and the same precision."
-            )
+    answers = [
+        {"global": now.by_global, "coteries": now.by_coterie}
+        | ({"personal": now.scores} if "personal" in entry else {})
+        for entry, now in zip(golden, scorer.score_many(questions), strict=True)
+    ]
+    if (off := disagreement(golden, answers, scorer.exact)) is not None:
+        raise BadBundle(
+            f"{scorer.bundle.path}: {off}. The encoder computes something else here than where the bundle was made: use the "
+            "same versions of torch, transformers and sentence-transformers, and the same precision."
+        )

@@ -14,6 +14,7 @@ from coterie.config import (
     AlignSettings,
     BundleSettings,
     ClusterSettings,
+    DeploySettings,
     EmbedSettings,
     EncodeSettings,
     EvaluateSettings,
@@ -269,6 +270,27 @@ def publish(clustered: Path, out: Path, settings: PublishSettings) -> dict[str, 
     publish = adapter("feature_repo.publish").publish
     inputs = {"clustered": clustered, "definitions": repository() / "feature_repo"}
     return stage("publish", settings, inputs, out, lambda folder: publish(clustered, folder, settings), reuse=False)
+
+
+def deploy(
+    bundle: Path, address: str, profiles: str, out: Path, settings: DeploySettings, comparisons: Path | None = None
+) -> dict[str, Any]:
+    """Let a bundle serve in the release that the settings name; with the `comparisons` of its run, if it passes the gate.
+
+    Always done: what serves there is not known before it is asked. A bundle that is not promoted is no failure.
+
+    Args:
+        bundle: folder of the bundle.
+        address, profiles: where pods of the cluster find the bundle, and the published folder of its run.
+    """
+    deploy = adapter("serving.deploy").deploy
+    texts = _texts(comparisons)
+
+    def work(folder: Path) -> dict[str, Any]:
+        made: dict[str, Any] = deploy(address, profiles, settings, texts.get("comparisons"), bundle)
+        return made
+
+    return stage("deploy", settings, {"bundle": bundle, **texts}, out, work, reuse=False)
 
 
 def report(

@@ -74,11 +74,12 @@ class Posteriors:
     """Infers places with the rewards of a bundle. A response is encoded once, as long as it is remembered.
 
     Args:
-        scorer: of the bundle whose mixture the priors belong to.
+        scorer: of the bundle whose mixture the priors belong to; `mixture_version` names it.
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self._scorer, self._mixed = scorer, Mixed(scorer.placing)
+        self.scorer, self._mixed = scorer, Mixed(scorer.placing)
+        self.mixture_version = scorer.bundle.manifest.mixture_version
         self._differences: OrderedDict[str, Array] = OrderedDict()
 
     def __call__(self, people: Sequence[Evidence]) -> list[Place]:
@@ -98,7 +99,7 @@ class Posteriors:
         new = list({key: one for key, one in zip(keys, said, strict=True) if key not in self._differences}.items())
         if new:
             prompts = [one.prompt for _, one in new]
-            h = self._scorer.features(prompts * 2, [one.chosen for _, one in new] + [one.rejected for _, one in new])
+            h = self.scorer.features(prompts * 2, [one.chosen for _, one in new] + [one.rejected for _, one in new])
             self._differences.update(zip((key for key, _ in new), h[: len(new)] - h[len(new) :], strict=True))
         x = np.stack([self._differences[key] for key in keys])
         for key in dict.fromkeys(keys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -30,6 +31,10 @@ LAG = Histogram(
     buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600, 3600),
 )
 WAITING = Gauge("coterie_feedback_outbox", "Workers whose feedback is not in their profile yet")
+UNPUBLISHED = Gauge(
+    "coterie_feedback_unpublished",
+    "1 while no profiles of the mixture that serves are published: feedback is kept, and waits",
+)
 
 _AT_ONCE, _MOST_NEWS = 256, 10_000  # workers of a round, rows of the outbox that it looks at
 _REST = 2.0  # pause after a round, in times of what it took
@@ -53,12 +58,10 @@ class Published:
 
     def __init__(self, path: Path) -> None:
         """Read profiles.parquet. Raises BadData: not one, or empty."""
+        self.mixture_version = mixture_of(path)
         self._table = PROFILE.read(path)
-        if not len(self._table):
-            raise BadData(f"{path}: no profile in it. Publish the run whose bundle serves.")
         self.folding = PROFILE.metadata(path).get(FOLDING, "")
         self._rows = {worker: row for row, worker in enumerate(self._table["worker_id"].to_pylist())}
-        self.mixture_version = str(self._table["mixture_version"][0])
         newest = max(self._table["event_timestamp"].to_pylist())
         self.publication = f"{self.mixture_version}@{newest.isoformat()}"
 
@@ -71,6 +74,14 @@ class Published:
         return Profile(**values | {name: tuple(values[name]) for name in ("embedding", "posterior")})
 
 
+def mixture_of(path: Path) -> str:
+    """The mixture that the profiles of a publish stage belong to. Raises BadData: it is no profiles.parquet, or empty."""
+    versions = PROFILE.read(path, ["mixture_version"])["mixture_version"]
+    if not len(versions):
+        raise BadData(f"{path}: no profile in it. Publish the run whose bundle serves.")
+    return str(versions[0])
+
+
 class Relay:
     """Makes the profiles of workers who changed, and puts them online, in a thread of its own.
 
@@ -80,13 +91,15 @@ class Relay:
 
     Args:
         database: with the outbox.
-        published: the profiles that feedback comes on top of; one without training votes starts as a stranger.
+        published: the profiles that feedback comes on top of; one without training votes starts as a stranger. None: there
+            are none of the mixture that serves, and the outbox waits.
         infer: places by the mixture of `published`.
         push: puts profiles online.
     """
 
-    def __init__(self, database: Database, published: Published, infer: Infer, push: Push) -> None:
+    def __init__(self, database: Database, published: Published | None, infer: Infer, push: Push) -> None:
         self._database, self._published, self._infer, self._push = database, published, infer, push
+        self._next: deque[tuple[Published | None, Infer, Push]] = deque()
         self._wake, self._closed = threading.Event(), False
         self._aside: dict[str, float] = {}
         self._thread: threading.Thread | None = None
@@ -98,6 +111,11 @@ class Relay:
 
     def wake(self) -> None:
         """Something was stored."""
+        self._wake.set()
+
+    def follow(self, published: Published | None, infer: Infer, push: Push) -> None:
+        """Make profiles of another publication, after the round that is under way: everybody's who has said something."""
+        self._next.append((published, infer, push))
         self._wake.set()
 
     def close(self) -> None:
@@ -112,6 +130,9 @@ class Relay:
         while not self._closed:
             self._wake.clear()
             started = time.monotonic()
+            while self._next:
+                (self._published, self._infer, self._push), replayed = self._next.popleft(), False
+            UNPUBLISHED.set(self._published is None)
             try:
                 if not replayed:
                     self.replay()
@@ -130,7 +151,9 @@ class Relay:
 
     def replay(self) -> int:
         """Put everybody into the outbox whose profile was not made on top of this publication; return how many."""
-        made = sa.select(STAMP.c.worker_id).where(STAMP.c.publication == self._published.publication)
+        if self._published is None:
+            return 0
+        made = sa.select(STAMP.c.worker_id).where(STAMP.c.publication == self._base.publication)
         waiting = sa.select(OUTBOX.c.worker_id)
         with self._database.writing() as connection:
             query = sa.select(FEEDBACK.c.worker_id).distinct().where(*self._since(), FEEDBACK.c.worker_id.not_in(made))
@@ -143,7 +166,7 @@ class Relay:
         return len(workers)
 
     def round(self) -> int:
-        """Renew the profiles of some workers; return how many were looked at: 0 where nobody has changed.
+        """Renew the profiles of some workers; return how many were looked at: 0 where nobody has changed, or all must wait.
 
         Raises:
             BackendUnavailable: the database, the one who infers, or the online store does not answer. The outbox waits.
@@ -151,6 +174,8 @@ class Relay:
         with self._database.reading() as connection:
             news = self._news(connection)
             WAITING.set(len(news))
+            if self._published is None:
+                return 0
             news = dict(list(news.items())[:_AT_ONCE])
             said = self._said(connection, list(news)) if news else {}
         if not news:
@@ -172,6 +197,11 @@ class Relay:
                     self._aside[worker] = time.monotonic() + _ASIDE
         return len(news)
 
+    @property
+    def _base(self) -> Published:
+        assert self._published is not None
+        return self._published
+
     def _news(self, connection: sa.Connection) -> dict[str, list[Any]]:
         """The outbox's rows of each worker who is not left aside, who has waited longest first."""
         now = time.monotonic()
@@ -184,7 +214,7 @@ class Relay:
 
     def _since(self) -> list[sa.ColumnElement[bool]]:
         """Which votes count, and are not in the published profiles already."""
-        folded = sa.select(FOLDED.c.comparison_id).where(FOLDED.c.folding == self._published.folding)
+        folded = sa.select(FOLDED.c.comparison_id).where(FOLDED.c.folding == self._base.folding)
         return [FEEDBACK.c.counts, FEEDBACK.c.comparison_id.not_in(folded)]
 
     def _said(self, connection: sa.Connection, workers: list[str]) -> dict[str, list[Any]]:
@@ -196,7 +226,7 @@ class Relay:
         return {worker: list(own) for worker, own in groupby(rows, key=lambda row: str(row.worker_id))}
 
     def _renew(self, news: dict[str, list[Any]], said: dict[str, list[Any]]) -> None:
-        priors = {worker: self._published.get(worker) for worker in news}
+        priors = {worker: self._base.get(worker) for worker in news}
         spoken = [worker for worker in news if said.get(worker)]  # the others were forgotten, or folded in, since
         places = self._infer([_evidence(said[worker], priors[worker]) for worker in spoken]) if spoken else []
         of_worker = dict(zip(spoken, places, strict=True))
@@ -232,7 +262,7 @@ class Relay:
         connection.execute(STAMP.delete().where(theirs))
         rows = [{"worker_id": worker, "stamped_at": stamp} for worker, stamp in stamps.items()]
         if rows:
-            connection.execute(STAMP.insert(), [row | {"publication": self._published.publication} for row in rows])
+            connection.execute(STAMP.insert(), [row | {"publication": self._base.publication} for row in rows])
         return stamps
 
     def _profile(self, worker: str, place: Place, said: int, prior: Profile | None, stamp: datetime) -> Profile:
@@ -243,7 +273,7 @@ class Relay:
             comparisons=said + (0 if prior is None else prior.comparisons),
             coterie=int(np.argmax(place.posterior)),
             posterior=tuple(place.posterior),
-            mixture_version=self._published.mixture_version,
+            mixture_version=self._base.mixture_version,
             event_timestamp=stamp,
         )
 

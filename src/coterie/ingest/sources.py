@@ -131,7 +131,7 @@ def _expand(pattern: str) -> list[str]:
         found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))  # noqa: PTH207
         folder = any(Path(name).is_dir() for name in found)
     else:
-        with _remote(pattern):  # info, not isfile or exists: these take a store that does not answer for a "no"
+        with remote(pattern):  # info, not isfile or exists: these take a store that does not answer for a "no"
             system, path = fsspec.core.url_to_fs(pattern)
             found = sorted(system.glob(path)) if glob.has_magic(path) else [path]
             folder = any(system.info(name)["type"] == "directory" for name in found)
@@ -144,8 +144,8 @@ def _expand(pattern: str) -> list[str]:
 
 
 @contextmanager
-def _remote(name: str) -> Iterator[None]:
-    """Turn what file systems raise into errors in words."""
+def remote(name: str) -> Iterator[None]:
+    """Turn what file systems raise into errors in words: BadData, or BackendUnavailable where trying again may help."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -165,13 +165,13 @@ def _remote(name: str) -> Iterator[None]:
 
 
 def _open_file(name: str) -> Source:
-    with _remote(name):
+    with remote(name):
         if "://" in name:
             system, path = fsspec.core.url_to_fs(name)
             raw: IO[bytes] = system.open(path, "rb")
         else:
             raw = Path(name).open("rb")  # noqa: SIM115 - closed by who reads its rows
-    with _remote(name):
+    with remote(name):
         start = raw.read(4)
         raw.seek(0)
     if not start:
@@ -326,7 +326,7 @@ def _is_database(name: str) -> bool:
 
 
 def _open_database(name: str) -> Source:
-    with _remote(name):
+    with remote(name):
         from coterie import feedback
     metadata = {"coterie.table": "comparison", KEY_METADATA: feedback.key_fingerprint(name)}
     return Source(name, in_blocks(enumerate(feedback.votes(name), start=1)), metadata)
@@ -351,7 +351,7 @@ def _open_dataset(name: str) -> Iterator[Source]:
         raise BadData(
             f"{name}: {', '.join(sorted(unknown))} not known. After the ? come config=, split= and revision=."
         )
-    with _remote(name):
+    with remote(name):
         try:
             loaded = datasets.load_dataset(
                 path,

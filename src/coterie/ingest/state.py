@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 
 from coterie.ingest.simulated import SCHEME
-from coterie.ingest.sources import _expand, _is_database, _is_dataset, _remote
+from coterie.ingest.sources import _expand, _is_database, _is_dataset, remote
 
 
 def source_state(patterns: list[str]) -> dict[str, str]:
@@ -26,12 +26,12 @@ def source_state(patterns: list[str]) -> dict[str, str]:
             state[pattern] = "by name"
             continue
         if _is_database(pattern):
-            with _remote(pattern):
+            with remote(pattern):
                 from coterie import feedback
             state[pattern] = feedback.state(pattern)
             continue
         for name in _expand(pattern):
-            with _remote(name):
+            with remote(name):
                 if "://" in name:
                     system, path = fsspec.core.url_to_fs(name)
                     state[name] = str(system.ukey(path))

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coterie.bundle import CARD_FILE, RECORDS, Bundle, seal
+from coterie.bundle import CARD_FILE, Bundle, seal
 from coterie.contracts import BaseModelReference, PolicyGate
 from coterie.errors import BadBundle, BadData
+from coterie.manifest import RECORDS
 from coterie.policies.policy import START, Policy, PolicyCard
 from coterie.routing import policy_of
 

@@ -1,0 +1,572 @@
+"""The deploy step against a Kubernetes API over HTTP, by the real clients; what its pods would answer comes from real bundles."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from kubernetes.config import kube_config
+from staged import TextEncoder, everything
+from test_promotion import turned
+
+from coterie import stages
+from coterie.answers import Asked, answer
+from coterie.bundle import Bundle
+from coterie.config import DeploySettings
+from coterie.contracts import PredictResponse, RoutedInstance
+from coterie.errors import BackendUnavailable, BadConfiguration, RunFailed
+from coterie.promotion import compare_versions
+from coterie.scoring import Scorer
+from serving import confirmation, rollout
+from serving import deploy as step
+from serving.deploy import ANNOTATIONS, deploy, deploy_incumbent, remove
+from serving.rollout import revision
+from tests import served
+
+SETTINGS = DeploySettings(namespace="team", release="mine", timeout=120)
+CORE, APPS = "/api/v1/namespaces/team", "/apis/apps/v1/namespaces/team"
+SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/team/inferenceservices"
+PROFILES = "s3://runs/first/publish"
+TEMPLATE = """
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: mine
+  labels: {app.kubernetes.io/part-of: coterie}
+  annotations: {serving.kserve.io/deploymentMode: Standard}
+spec:
+  predictor:
+    minReplicas: 2
+    deploymentStrategy: {type: RollingUpdate, rollingUpdate: {maxUnavailable: 0}}
+    initContainers:
+      - name: fetch
+        image: IMAGE
+        command: [python3, -m, serving.fetch, bundle]
+        env: [{name: AWS_REGION, value: here}]
+        volumeMounts: [{name: bundle, mountPath: /mnt/models}]
+    containers:
+      - name: kserve-container
+        image: IMAGE
+        volumeMounts: [{name: bundle, mountPath: /mnt/models, readOnly: true}, {name: tmp, mountPath: /tmp}]
+    volumes: [{name: bundle, emptyDir: {}}, {name: tmp, emptyDir: {}}]
+  transformer:
+    minReplicas: 2
+    initContainers:
+      - {name: fetch, image: IMAGE, volumeMounts: [{name: profiles, mountPath: /mnt/profiles}]}
+    containers: [{name: kserve-container, image: IMAGE}]
+    volumes: [{name: profiles, emptyDir: {}}]
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------- the cluster
+def status(name, restarts=0, last=None, **state):
+    """Of a container."""
+    told = {"name": name, "image": "", "imageID": "", "ready": False, "restartCount": restarts, "state": state}
+    return told | ({"lastState": last} if last else {})
+
+
+class Cluster:
+    """One InferenceService and what KServe would make of it.
+
+    Attributes:
+        service: the InferenceService that is there, None without one.
+        written: every one that was written, oldest first.
+        template: of the chart; None: it is not installed.
+        trouble: answers to the next requests that they name, in place of the real ones: (method, path, code, message).
+        broken: what the pods of a revision look like that cannot start, by whether it is this InferenceService's.
+        off: what the encoder of the pods computes otherwise.
+        between: called before a write is looked at.
+    """
+
+    def __init__(self):
+        self.service, self.written, self.template, self.trouble, self.log = (
+            None,
+            [],
+            TEMPLATE.replace("IMAGE", "one"),
+            [],
+            [],
+        )
+        self.deployments, self.broken, self.off, self.lines, self.between = {}, lambda service: None, 0.0, {}, None
+        self.scorers, self.answers, self.version, self.lock = {}, [], 0, threading.RLock()
+        handler = type("Handler", (_Handler,), {"cluster": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def write(self, body):
+        """As the API server and KServe's controller do."""
+        self.version += 1
+        body["metadata"] |= {
+            "resourceVersion": str(self.version),
+            "uid": "1",
+            "finalizers": ["inferenceservice.finalizers"],
+        }
+        body["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}  # stale at once
+        self.service = body
+        self.written.append(copy.deepcopy(body))
+        for part in ("predictor", "transformer"):
+            stale = self.deployments[part][-1] if part in self.deployments else None
+            self.deployments[part] = [*([stale] if stale else []), *self.rollout(part, body, stale)]
+        return body
+
+    def rollout(self, part, service, stale):
+        """What is seen of a Deployment, one look after the other; the last stays."""
+        spec, number = service["spec"][part], self.version
+        new = {
+            "metadata": {"name": f"mine-{part}", "generation": number},
+            "spec": {
+                "replicas": 2,
+                "selector": {"matchLabels": {"app": f"isvc.mine-{part}"}},
+                "template": {"spec": {key: spec[key] for key in ("initContainers", "containers", "volumes")}},
+            },
+        }
+        done = {"observedGeneration": number, "updatedReplicas": 2, "replicas": 2, "availableReplicas": 2}
+        half = done | {"updatedReplicas": 1, "replicas": 3 if stale else 1, "availableReplicas": 2 if stale else 0}
+        unseen = [new | {"status": stale["status"]}] if stale else []
+        ends = [] if self.broken(service) else [new | {"status": done}]
+        return [*unseen, new | {"status": half}, *ends]
+
+    def look(self, part):
+        states = self.deployments[part]
+        return states.pop(0) if len(states) > 1 else states[0]
+
+    def pods(self, part):
+        """One of before, and of a rollout that is not done one of the new revision."""
+        spec = self.deployments[part][-1]["spec"]["template"]["spec"]
+        trouble = self.broken(self.service) if part == "predictor" else None
+        found = [{"metadata": {"name": f"{part}-new"}, "spec": spec, "status": trouble or {"phase": "Running"}}]
+        old = {"initContainers": [{"name": "fetch", "env": [{"name": "COTERIE_REVISION", "value": "of before"}]}]}
+        old["containers"], failed = [], status("kserve-container", 9, terminated={"exitCode": 1})
+        return [{"metadata": {"name": f"{part}-old"}, "spec": old, "status": {"containerStatuses": [failed]}}, *found]
+
+    def delete(self):
+        self.service, self.deployments = None, {}
+
+    def predict(self, body):
+        """The router's answer, by the bundle that the predictor's Deployment holds, or that `answers` name first."""
+        container = self.deployments["predictor"][-1]["spec"]["template"]["spec"]["initContainers"][0]
+        bundle = next(one["value"] for one in container["env"] if one["name"] == "COTERIE_BUNDLE")
+        bundle = self.answers.pop(0) if self.answers else bundle
+        if (bundle, self.off) not in self.scorers:
+            self.scorers[bundle, self.off] = Scorer(Bundle.load(Path(bundle)), TextEncoder(self.off))
+        scorer = self.scorers[bundle, self.off]
+        asked = [Asked(RoutedInstance(**one), body["explain"]) for one in body["instances"]]
+        return PredictResponse(predictions=answer(scorer, asked)).model_dump()
+
+    @property
+    def serves(self):
+        """Address of the bundle that serves."""
+        return self.service["metadata"]["annotations"][ANNOTATIONS["bundle"]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, body, code=200):
+        raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/plain" if isinstance(body, str) else "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def refuse(self, code, message):
+        self.send({"kind": "Status", "message": message, "code": code}, code)
+
+    def handle_any(self):
+        with self.cluster.lock:
+            self.route()
+
+    def route(self):
+        cluster, url = self.cluster, urlparse(self.path)
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+        path, asked = url.path, {key: values[0] for key, values in parse_qs(url.query).items()}
+        cluster.log.append((self.command, path))
+        if cluster.trouble and (self.command, path) == cluster.trouble[0][:2]:
+            return self.refuse(*cluster.trouble.pop(0)[2:])
+        if path == "/v1/models/coterie:predict":
+            return self.send(cluster.predict(body))
+        if path == f"{CORE}/configmaps/mine-serving" and cluster.template is not None:
+            return self.send({"data": {"inferenceservice.yaml": cluster.template}})
+        if path == SERVICES and self.command == "POST":
+            return self.send(cluster.write(body), 201)
+        if path == f"{SERVICES}/mine" and cluster.service is not None:
+            if self.command == "PUT":
+                between, cluster.between = cluster.between, None
+                if between is not None:
+                    between()
+                if body["metadata"]["resourceVersion"] != cluster.service["metadata"]["resourceVersion"]:
+                    return self.refuse(409, "the object has been modified")
+                return self.send(cluster.write(body))
+            if self.command == "DELETE":
+                cluster.delete()
+                return self.send({"status": "Success"})
+            return self.send(cluster.service)
+        part = path.rpartition("-")[2]
+        if path.startswith(f"{APPS}/deployments/mine-") and part in cluster.deployments:
+            return self.send(cluster.look(part))
+        if path == f"{CORE}/pods":
+            return self.send({"items": cluster.pods(asked["labelSelector"].rpartition("-")[2])})
+        if path.endswith("/log"):
+            lines = cluster.lines.get((path.split("/")[-2], asked["container"], asked["previous"]), [])
+            return self.send("".join(f"{line}\n" for line in lines[-int(asked["tailLines"]) :]))
+        return self.refuse(404, f"{path} not found")
+
+    do_GET = do_POST = do_PUT = do_DELETE = handle_any
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    made = Cluster()
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {"server": made.address}}],
+        "users": [{"name": "test", "user": {"token": "test"}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(rollout, "_POLL", 0.02)
+    monkeypatch.setattr(rollout, "_RETRY", rollout._RETRY.new(total=2, backoff_factor=0))
+    monkeypatch.setattr(confirmation, "_PAUSE", 0.01)
+    monkeypatch.setattr(step, "_LEAST", 0.5)
+    yield made
+    made.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Folders of a bundle of two coteries, one of a single taste, and one that wants the opposite; and the run of the first."""
+    root = tmp_path_factory.mktemp("bundles")
+    two, one = everything(root / "two"), everything(root / "one", coteries=1)
+    return {"two": two.bundle, "one": one.bundle, "worse": turned(two.bundle, root / "worse"), "run": two}
+
+
+def put(bundle, cluster, profiles=PROFILES, settings=SETTINGS, **more):
+    return deploy(str(bundle), profiles, settings, url=cluster.address, **more)
+
+
+def environment(service, part):
+    return {one["name"]: one["value"] for one in service["spec"][part]["initContainers"][0]["env"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- tests
+def test_a_first_bundle_is_deployed_and_confirmed_by_a_real_server(cluster, tmp_path):
+    served.make_bundle(tmp_path)
+    served.publish_profiles(tmp_path)
+    with served.serving(tmp_path, environ={"COTERIE_TOKEN": "open sesame"}) as (_, url, _log):
+        with pytest.raises(RunFailed, match=r"answered 401: .*Give this step the router's COTERIE_TOKEN"):
+            deploy(str(tmp_path / "bundle"), PROFILES, SETTINGS, url=url)
+        assert cluster.service is None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COTERIE_TOKEN", "open sesame")
+            told = deploy(str(tmp_path / "bundle"), PROFILES, SETTINGS, url=url)
+    version = Bundle.load(tmp_path / "bundle").manifest.model_version
+    assert (told["deployed"], told["model_version"], told["mixture_version"]) == (True, version, "m1")
+    service = cluster.service
+    template = yaml.safe_load(cluster.template)
+    told = {"bundle": str(tmp_path / "bundle"), "version": version, "profiles": PROFILES}
+    annotations = template["metadata"]["annotations"] | {ANNOTATIONS[name]: value for name, value in told.items()}
+    assert service["metadata"]["annotations"] == annotations
+    assert service["metadata"]["labels"] == template["metadata"]["labels"]
+    of_predictor, of_transformer = (environment(service, part) for part in ("predictor", "transformer"))
+    assert of_predictor.pop("COTERIE_REVISION") == of_transformer.pop("COTERIE_REVISION")
+    assert of_predictor == {"AWS_REGION": "here", "COTERIE_BUNDLE": told["bundle"], "COTERIE_MODEL_VERSION": version}
+    assert of_transformer == {"COTERIE_PROFILES": PROFILES}
+    for part in ("predictor", "transformer"):
+        service["spec"][part]["initContainers"][0].pop("env")
+        template["spec"][part]["initContainers"][0].pop("env", None)
+    assert service["spec"] == template["spec"]
+
+
+def test_a_bundle_with_another_number_of_coteries_follows_and_both_profiles_stay_online(cluster, bundles, caplog):
+    caplog.set_level("INFO", "coterie")
+    put(bundles["two"], cluster, "s3://runs/older/publish")
+    put(bundles["worse"], cluster, "s3://runs/two/publish")
+    caplog.clear()
+    told = put(bundles["one"], cluster, "s3://runs/one/publish")
+    assert told["model_version"] == Bundle.load(bundles["one"]).manifest.model_version
+    assert cluster.serves == str(bundles["one"])
+    assert (
+        environment(cluster.service, "transformer")["COTERIE_PROFILES"] == "s3://runs/one/publish,s3://runs/two/publish"
+    )
+    assert cluster.service["metadata"]["finalizers"] == ["inferenceservice.finalizers"]
+    # The service says Ready all the time: what is waited for is each Deployment's own rollout.
+    seen = [record.message for record in caplog.records if record.message.startswith("mine-predictor")]
+    assert seen == [
+        "mine-predictor: KServe has not updated it yet",
+        "mine-predictor: its update is not seen yet",
+        "mine-predictor: 1 of 2 replicas are new, 2 old ones are there, 2 answer",
+        "mine-predictor: all replicas are new and answer",
+    ]
+
+
+def test_the_same_again_changes_nothing_and_is_confirmed(cluster, bundles):
+    put(bundles["two"], cluster)
+    assert put(bundles["two"], cluster)["deployed"]
+    assert len(cluster.written) == 1
+
+
+def test_old_replicas_that_still_answer_are_waited_for(cluster, bundles):
+    put(bundles["two"], cluster)
+    asked = ("POST", "/v1/models/coterie:predict")
+    before = cluster.log.count(asked)
+    old, new = str(bundles["two"]), str(bundles["one"])
+    cluster.answers = [new, new, old, new, new, new, new]
+    cluster.trouble = [(*asked, 503, "no endpoints")]
+    assert put(bundles["one"], cluster)["deployed"]
+    assert cluster.log.count(asked) - before == 1 + 3 + 5  # one unanswered, two and an old one, five in a row
+    cluster.answers = [new] * 10_000
+    with pytest.raises(RunFailed, match=r"the bundle \w+ answers, not \w+\..*\n.*what served before serves again"):
+        put(bundles["two"], cluster, settings=SETTINGS.model_copy(update={"timeout": 5}))
+
+
+def test_a_bundle_whose_golden_scores_come_out_otherwise_is_undone(cluster, bundles):
+    put(bundles["two"], cluster)
+    before = copy.deepcopy(cluster.service)
+    cluster.off = 0.05
+    with pytest.raises(RunFailed, match=r"golden score \(global\) .* is off by .*\n.*what served before serves again"):
+        put(bundles["one"], cluster, "s3://runs/one/publish")
+    assert cluster.serves == str(bundles["two"])
+    for place in ("spec", "metadata"):
+        then, now = (dict(one[place]) for one in (before, cluster.service))
+        assert now | {"resourceVersion": 0} == then | {"resourceVersion": 0}
+    cluster.delete()
+    with pytest.raises(RunFailed, match="nothing serves, as before"):
+        put(bundles["two"], cluster)
+    assert cluster.service is None
+
+
+def crash(restarts):
+    ended = {"terminated": {"exitCode": 2, "reason": "Error"}}
+    return status("kserve-container", restarts, ended, waiting={"reason": "CrashLoopBackOff", "message": "back-off"})
+
+
+NO_NODE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: no GPU"}
+
+
+@pytest.mark.parametrize(
+    ("told", "said", "quoted"),
+    [
+        (
+            {"containerStatuses": [crash(2)]},
+            "container kserve-container of the pod predictor-new: Error, exit code 2, 2 times",
+            True,
+        ),
+        (
+            {"initContainerStatuses": [status("fetch", terminated={"exitCode": 2})]},
+            r"container fetch of the pod predictor-new: Error, exit code 2\.",
+            True,
+        ),
+        (
+            {"containerStatuses": [status("c", waiting={"reason": "ImagePullBackOff", "message": "no such image"})]},
+            r"container c of the pod predictor-new: ImagePullBackOff: no such image\.",
+            False,
+        ),
+        (
+            {"containerStatuses": [status("c", waiting={"reason": "CreateContainerConfigError", "message": "no key"})]},
+            "CreateContainerConfigError: no key",
+            False,
+        ),
+        ({"conditions": [NO_NODE]}, "no node takes the pod predictor-new: 0/3 nodes: no GPU", False),
+    ],
+    ids=["crash", "fetch", "image", "secret", "node"],
+)
+def test_a_pod_that_cannot_start_ends_the_wait_with_its_reason(cluster, bundles, monkeypatch, told, said, quoted):
+    monkeypatch.setattr(rollout, "_NO_NODE", 0.1)
+    put(bundles["two"], cluster)
+    cluster.broken = lambda service: told if cluster.serves == str(bundles["one"]) else None
+    for container, previous in (("kserve-container", "True"), ("fetch", "False")):
+        cluster.lines["predictor-new", container, previous] = [f"line {i}" for i in range(30)]
+    with pytest.raises(RunFailed, match=said) as failed:
+        put(bundles["one"], cluster, settings=SETTINGS.model_copy(update={"timeout": 600}))
+    lines = [line.strip() for line in str(failed.value).splitlines() if line.startswith("    line")]
+    assert lines == ([f"line {i}" for i in range(10, 30)] if quoted else [])
+    assert "what served before serves again" in str(failed.value)
+    assert cluster.serves == str(bundles["two"])
+
+
+def test_one_restart_is_no_crash_loop_and_a_rollout_that_takes_too_long_is_undone(cluster, bundles):
+    put(bundles["two"], cluster)
+    cluster.broken = lambda service: (
+        {"containerStatuses": [crash(1)]} if cluster.serves == str(bundles["one"]) else None
+    )
+    with pytest.raises(RunFailed, match="the rollout did not end in time: mine-predictor: 1 of 2 replicas are new"):
+        put(bundles["one"], cluster, settings=SETTINGS.model_copy(update={"timeout": 5}))
+    assert cluster.serves == str(bundles["two"])
+
+
+def test_a_step_that_is_stopped_puts_back_what_served(cluster, bundles):
+    put(bundles["two"], cluster)
+    cluster.broken = lambda service: {"phase": "Pending"} if cluster.serves == str(bundles["one"]) else None
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(SystemExit) as ended:
+        put(bundles["one"], cluster)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert cluster.serves == str(bundles["two"])
+
+
+def test_a_change_of_the_same_moment_is_written_over_and_another_deployment_is_not(cluster, bundles):
+    put(bundles["two"], cluster)
+
+    def moved():  # KServe writes the status, and the version moves on
+        cluster.version += 1
+        cluster.service["metadata"]["resourceVersion"] = str(cluster.version)
+
+    cluster.between = moved
+    assert put(bundles["one"], cluster)["deployed"]
+    puts = cluster.log.count(("PUT", f"{SERVICES}/mine"))
+    assert puts == 2
+
+    def somebody():
+        other = copy.deepcopy(cluster.service)
+        other["spec"]["predictor"]["initContainers"][0]["env"].append({"name": "COTERIE_REVISION", "value": "theirs"})
+        other["spec"]["predictor"]["initContainers"][0]["env"].sort(key=lambda one: one["value"] != "theirs")
+        cluster.write(other)
+
+    cluster.between = somebody
+    with pytest.raises(RunFailed, match="another deployment of mine has taken the place"):
+        put(bundles["two"], cluster)
+    assert revision(cluster.service) == "theirs"
+
+
+def test_an_address_keeps_its_bundle(cluster, bundles, tmp_path):
+    shutil.copytree(bundles["two"], tmp_path / "bundle")
+    put(tmp_path / "bundle", cluster)
+    shutil.rmtree(tmp_path / "bundle")
+    shutil.copytree(bundles["one"], tmp_path / "bundle")
+    with pytest.raises(BadConfiguration, match="Bundle addresses are immutable"):
+        put(tmp_path / "bundle", cluster)
+    with pytest.raises(BadConfiguration, match="Bundle addresses are immutable"):
+        deploy_incumbent(SETTINGS)
+    assert len(cluster.written) == 1
+
+
+def test_the_gate_lets_a_better_bundle_pass_and_keeps_the_incumbent_before_a_worse_one(
+    cluster, bundles, tmp_path, monkeypatch
+):
+    def promote(candidate, incumbent, comparisons, out, settings):
+        return compare_versions(candidate, incumbent, comparisons, settings, TextEncoder())
+
+    monkeypatch.setattr(stages, "promote", promote)
+    votes = bundles["run"].ingest / "comparisons.parquet"
+    assert put(bundles["worse"], cluster, comparisons=votes)["deployed"]  # there is nothing to compare with
+    assert put(bundles["two"], cluster, comparisons=votes)["deployed"]
+    made = stages.deploy(bundles["worse"], str(bundles["worse"]), PROFILES, tmp_path / "deploy", SETTINGS, votes)
+    assert not made["deployed"]
+    assert made["reason"].startswith("not promoted: it is worse than the incumbent on validation prompts: log-loss +")
+    assert made == json.loads((tmp_path / "deploy" / "metrics.json").read_text())
+    assert made["model_version"] == Bundle.load(bundles["two"]).manifest.model_version
+    assert cluster.serves == str(bundles["two"])
+    assert len(cluster.written) == 2
+
+
+def command(*arguments):
+    return CliRunner().invoke(step.main, ["--namespace", "team", "--release", "mine", *map(str, arguments)])
+
+
+def test_the_incumbent_is_deployed_by_the_charts_new_template(cluster, bundles):
+    nothing = command("--incumbent")
+    assert nothing.exit_code == 0
+    assert json.loads(nothing.stdout)["reason"] == "nothing is deployed yet"
+    put(bundles["two"], cluster)
+    before = cluster.service
+    cluster.template = TEMPLATE.replace("IMAGE", "another")
+    done = command("--incumbent", "--url", cluster.address)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["deployed"]
+    assert cluster.service["metadata"]["annotations"] == before["metadata"]["annotations"]
+    assert cluster.service["spec"]["predictor"]["containers"][0]["image"] == "another"
+
+
+def test_a_release_is_removed_and_nothing_to_remove_is_no_failure(cluster, bundles):
+    assert command("--remove").stdout == "nothing was deployed\n"
+    put(bundles["two"], cluster)
+    assert command("--remove").stdout == "removed\n"
+    assert cluster.service is None
+    put(bundles["two"], cluster)
+    cluster.delete = lambda: None  # a finalizer that nobody serves
+    with pytest.raises(RunFailed, match=r"InferenceService mine, .* did not go"):
+        remove(SETTINGS.model_copy(update={"timeout": 1}))
+
+
+def test_bundles_and_profiles_on_claims_are_mounted(cluster, bundles):
+    cluster.scorers["pvc://models/runs/two", 0.0] = Scorer(Bundle.load(bundles["two"]), TextEncoder())
+    profiles = "pvc://profiles/first"
+    told = put("pvc://models/runs/two", cluster, profiles)
+    assert told["model_version"] == Bundle.load(bundles["two"]).manifest.model_version
+    spec = cluster.service["spec"]["predictor"]
+    claim = {"claimName": "models", "readOnly": True}
+    assert spec["volumes"] == [{"name": "tmp", "emptyDir": {}}, {"name": "bundle", "persistentVolumeClaim": claim}]
+    mount = {"name": "bundle", "mountPath": "/mnt/models", "readOnly": True, "subPath": "runs/two"}
+    assert spec["initContainers"][0]["volumeMounts"] == [mount]
+    assert spec["containers"][0]["volumeMounts"] == [mount, {"name": "tmp", "mountPath": "/tmp"}]
+    spec = cluster.service["spec"]["transformer"]
+    assert spec["volumes"][1:] == [
+        {"name": "claim-profiles", "persistentVolumeClaim": {"claimName": "profiles", "readOnly": True}}
+    ]
+    assert {"name": "claim-profiles", "mountPath": "/mnt/claims/profiles", "readOnly": True} in spec["initContainers"][
+        0
+    ]["volumeMounts"]
+
+
+def test_a_cluster_that_refuses_is_quoted_with_the_remedy(cluster, bundles, monkeypatch):
+    cluster.trouble = [("GET", f"{SERVICES}/mine", 403, "pipeline-runner cannot get inferenceservices")]
+    with pytest.raises(BadConfiguration, match=r"pipeline-runner cannot get .*Role mine-deployer in namespace team"):
+        put(bundles["two"], cluster)
+    cluster.trouble = [("POST", SERVICES, 404, "page not found")]
+    with pytest.raises(BadConfiguration, match="Install KServe there"):
+        put(bundles["two"], cluster)
+    cluster.trouble = [("POST", SERVICES, 422, "spec.predictor: not right")]
+    with pytest.raises(BadConfiguration, match=r"refuses the InferenceService mine: spec\.predictor: not right"):
+        put(bundles["two"], cluster)
+    cluster.trouble = [("POST", SERVICES, 500, "no space")] * 3
+    with pytest.raises(BackendUnavailable, match="no space"):
+        put(bundles["two"], cluster)
+    cluster.trouble = [("POST", SERVICES, 503, "restarting")]
+    assert put(bundles["two"], cluster)["deployed"]
+    cluster.template = None
+    with pytest.raises(BadConfiguration, match=r"no ConfigMap mine-serving .* no release mine of the chart"):
+        put(bundles["one"], cluster)
+    cluster.template = "kind: Service"
+    with pytest.raises(BadConfiguration, match="is no InferenceService"):
+        deploy_incumbent(SETTINGS)
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere/kubeconfig")
+    with pytest.raises(BadConfiguration, match="no cluster to deploy to"):
+        put(bundles["two"], cluster)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bundle", "b", "--remove"], "give one of --bundle, --incumbent and --remove"),
+        (["--bundle", "s3:nothing"], "no such file"),
+        (["--remove", "--namespace", "Team"], "namespace: string should match pattern"),
+        (["--incumbent", "--namespace", ""], "no namespace"),
+    ],
+)
+def test_a_command_that_is_wrong_is_told(cluster, arguments, said):
+    done = command(*arguments)
+    assert done.exit_code == 2
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_first_bundle_needs_profiles(cluster, bundles):
+    with pytest.raises(BadConfiguration, match="no profiles to serve it with"):
+        put(bundles["two"], cluster, None)
+    assert not cluster.written
