@@ -304,7 +304,9 @@ def judge_best_of(folder: Path, prompts: int, n: int) -> dict[str, Any]:
                 ("everybody", parts),
                 *((name, [part]) for name, part in zip(own, parts, strict=True)),
             ]:
-                wins.append({"judge": kind, "people": name, "against": against} | win_rates(compared, JudgeSettings()))
+                wins.append(
+                    {"judge": kind, "audience": name, "against": against} | win_rates(compared, JudgeSettings())
+                )
     words = {name: float(np.expm1(of.words).mean()) for name, of in given.items()}
     risen = (by_coterie.max(axis=1).mean(axis=0) - by_coterie.mean(axis=(0, 1))) / by_coterie.std(axis=(0, 1))
     return {
@@ -363,7 +365,7 @@ def targets(results: dict[str, Any]) -> dict[str, bool]:
             figures["own_minus_wrong_of_oracle"]["value"] >= RECOVERED
         )
     for win in results.get("best_of", {}).get("wins", ()):
-        if win["people"] == "everybody":
+        if win["audience"] == "everybody":
             rate, least = Estimate(**win["equal_length"]), WIN_RATES[win["against"]]
             words = f"own against {win['against']}, by {win['judge']}: at least {least:.0%}, interval above one half"
             met[words] = bool(
@@ -384,7 +386,7 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", "| judge | people | own against | raw | equal length | within a tenth |", "|---|---|---|---|---|---|"]
     for win in results.get("best_of", {}).get("wins", ()):
         rates = [_told(win[name]) for name in ("raw", "equal_length", "within_tolerance")]
-        lines.append(f"| {win['judge']} | {win['people']} | {win['against']} | {' | '.join(rates)} |")
+        lines.append(f"| {win['judge']} | {win['audience']} | {win['against']} | {' | '.join(rates)} |")
     if runs := results.get("ppo"):
         lines += ["", "| PPO, seed | rise, sd | nats | updates | seconds | GB |", "|---|---|---|---|---|---|"]
         for run in runs:

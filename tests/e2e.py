@@ -1,0 +1,469 @@
+"""What a platform engineer does, on the cluster that KUBECONFIG points at, from images to an uninstall.
+
+    make e2e REGISTRY=registry.example
+    python -m tests.e2e REGISTRY [--images build/images.yaml] [--without policies nodes] [--keep]
+
+Needs kubectl and helm, Kubeflow Pipelines in the namespace kubeflow with its own object store, KServe, Kubeflow Trainer for
+`nodes`, and nodes that claim nvidia.com/gpu for `policies`. All that it makes is in the namespace coterie-e2e, which it removes
+at both ends, in runs of Kubeflow Pipelines, and a claim and a Secret beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from base64 import b64decode
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CHART = ROOT / "charts" / "coterie"
+NAMESPACE, RELEASE, KUBEFLOW = "coterie-e2e", "coterie", "kubeflow"
+SERVICE, GRPC = f"http://{RELEASE}-transformer.{NAMESPACE}", f"{RELEASE}-grpc.{NAMESPACE}:8081"
+PIPELINES = f"http://ml-pipeline.{KUBEFLOW}:8888"
+OBJECT_STORE, OBJECT_STORE_SECRET = f"http://minio-service.{KUBEFLOW}:9000", "mlpipeline-minio-artifact"
+CHECKPOINTS = "coterie-e2e-checkpoints"
+READY_SECONDS, QUICKSTART_SECONDS = 60, 15 * 60  # the least that is asked for
+PARTS = ("policies", "nodes")
+
+SIMULATED = (
+    "simulated://groups?groups=2&workers=60&comparisons_per_worker=100&prompts=60&responses=5&accuracy=0.85&seed=1"
+)
+QUICKSTART = {
+    "ingest_source": [SIMULATED],
+    "cluster_coteries": "2",
+    "cluster_replicates": 19,
+    "evaluate_replicates": 500,
+    "encode_max_tokens": 64,
+}
+POLICIES = QUICKSTART | {
+    "align_method": "ppo",
+    "align_sft_steps": 2,
+    "align_steps": 3,
+    "align_batch_size": 8,
+    "align_response_tokens": 16,
+    "align_dtype": "bfloat16",
+    "judge_prompts": 8,
+    "judge_best_of": 2,
+    "judge_replicates": 100,
+    "deploy_namespace": "",
+}
+NODES = QUICKSTART | {
+    "reward_kind": "adapter",
+    "reward_nodes": 2,
+    "reward_max_steps": 2,
+    "reward_batch_size": 2,
+    "reward_max_tokens": 96,
+    "reward_dtype": "bfloat16",
+    "deploy_namespace": "",
+}
+PLACEMENT = {"stages": {"align": {"gpus": 1}, "reward": {"checkpoints": CHECKPOINTS}}}
+
+QUESTION = {
+    "prompt": "How do I plan a week of meals?",
+    "responses": ["Perhaps write a list first.", "Write a list now!"],
+}
+
+# What runs in pods of the router's image, so that Services are asked by their names.
+ASK = """
+import asyncio, json, os
+import httpx
+from kserve import InferenceGRPCClient, InferInput, InferRequest
+
+question, said = json.loads(os.environ["QUESTION"]), {}
+with httpx.Client(base_url=os.environ["SERVICE"], timeout=30) as client:
+    def ask(worker, **more):
+        body = {"instances": [question | {"worker_id": worker} | more]}
+        answer = client.post("/v1/models/coterie:predict", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["predictions"][0]
+
+    said["known"] = [ask(f"annotator-{i:02d}") for i in range(1, 21)]
+    said["unknown"] = ask("nobody-knows-me")
+    first, second = question["responses"]
+    vote = {"prompt": question["prompt"], "chosen": second, "rejected": first}
+    said["new"] = ask("somebody-new", comparisons=[vote] * 3)
+    refused = client.post("/v1/models/coterie:predict", json={"instances": [{"prompt": "p"}]})
+    said["refused"] = [refused.status_code, refused.json()]
+
+    texts = {"worker_id": ["annotator-01"], "prompt": [question["prompt"]], "response": question["responses"]}
+    inputs = [InferInput(name, [len(values)], "BYTES", data=values) for name, values in texts.items()]
+    request = InferRequest("coterie", inputs)
+
+    async def infer():
+        async with InferenceGRPCClient(os.environ["GRPC"]) as grpc:
+            return await grpc.infer(request)
+
+    answer = asyncio.run(infer())
+    said["grpc"] = next(o for o in answer.outputs if o.name == "score").as_numpy().tolist()
+print(json.dumps(said))
+"""
+VOTE = """
+import json, os, time
+import httpx
+
+question = json.loads(os.environ["QUESTION"])
+with httpx.Client(base_url=os.environ["SERVICE"], timeout=30) as client:
+    def ask():
+        body = {"instances": [question | {"worker_id": "e2e-voter"}]}
+        return client.post("/v1/models/coterie:predict", json=body).json()["predictions"][0]
+
+    before = ask()
+    votes = [
+        {"worker_id": "e2e-voter", "prompt": f"{question['prompt']} ({i})", "chosen": f"Write {i} lists!",
+         "rejected": f"Perhaps {i} lists are what one might write."}
+        for i in range(int(os.environ["VOTES"]))
+    ]
+    answer = client.post("/v1/feedback", json={"comparisons": votes})
+    assert answer.status_code == 200, answer.text
+    after, until = before, time.monotonic() + 60
+    while after["source"] == "global" and time.monotonic() < until:
+        time.sleep(1)
+        after = ask()
+print(json.dumps({"outcomes": [one["status"] for one in answer.json()["comparisons"]], "before": before, "after": after}))
+"""
+COUNT = """
+import os
+import sqlalchemy as sa
+
+with sa.create_engine(os.environ["COTERIE_FEEDBACK_DATABASE"]).connect() as connection:
+    print(connection.execute(sa.text("SELECT count(*) FROM feedback")).scalar_one())
+"""
+LOAD = """
+import asyncio, json, os, time
+from collections import Counter
+import httpx
+
+question, rate = json.loads(os.environ["QUESTION"]), float(os.environ["RATE"])
+url, seen, failures, versions = os.environ["SERVICE"] + "/v1/models/coterie:predict", Counter(), Counter(), Counter()
+
+async def one(number, kept):
+    body = {"instances": [question | {"worker_id": f"annotator-{number % 20 + 1:02d}"}] * 2}
+    try:
+        if number % 2:  # on a connection of its own
+            async with httpx.AsyncClient(timeout=30) as client:
+                answer = await client.post(url, json=body)
+        else:
+            answer = await kept.post(url, json=body)
+        if answer.status_code != 200:
+            failures[f"{answer.status_code} {answer.text[:200]}"] += 1
+            return
+        told = {p["model_version"] for p in answer.json()["predictions"]}
+        if len(told) > 1:
+            failures["two versions in one answer"] += 1
+        versions[told.pop()[:12]] += 1
+    except httpx.HTTPError as error:
+        failures[f"{type(error).__name__}: {error}"[:200]] += 1
+    finally:
+        seen["answered"] += 1
+
+async def main():
+    began, number, tasks = time.monotonic(), 0, set()
+    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=None)) as kept:
+        while True:
+            await asyncio.sleep(max(0, began + number / rate - time.monotonic()))
+            task = asyncio.create_task(one(number, kept))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            number += 1
+            if number % max(1, int(rate)) == 0:
+                told = {"sent": number, "answered": seen["answered"], "rate": number / (time.monotonic() - began)}
+                print(json.dumps(told | {"failures": dict(failures), "versions": dict(versions)}), flush=True)
+
+asyncio.run(main())
+"""
+
+
+class Failed(Exception):
+    """What was seen is not what should be."""
+
+
+def run(*command: str, stdin: str | None = None, timeout: float = 900, check: bool = True) -> str:
+    """Run a command and return what it said; raises Failed with what it complained of."""
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+    except FileNotFoundError:
+        raise Failed(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command)[:200]} did not end in {timeout:g} s") from None
+    if check and done.returncode:
+        raise Failed(f"{' '.join(command)[:200]}: {(done.stderr or done.stdout).strip()[-3000:]}")
+    return done.stdout
+
+
+def kubectl(*arguments: str, **more: Any) -> str:
+    """kubectl in the release's namespace."""
+    return run("kubectl", "--namespace", NAMESPACE, *arguments, **more)
+
+
+def say(words: str) -> None:
+    """A line of what was seen."""
+    print(f"    {words}", flush=True)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Say what is done, and how long it took."""
+    print(f"==> {title}", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"    {time.monotonic() - began:.0f} s", flush=True)
+
+
+def see(holds: bool, words: str) -> None:
+    """Say what was seen; raise Failed where it does not hold."""
+    if not holds:
+        raise Failed(words)
+    say(words)
+
+
+class Cluster:
+    """The release on the cluster, and pods that ask it.
+
+    Args:
+        images: file with the values `images`.
+    """
+
+    def __init__(self, images: Path) -> None:
+        self.images = images
+        self.image: str = yaml.safe_load(images.read_text(encoding="utf-8"))["images"]["router"]
+        self.number = 0
+
+    def install(self, **values: Any) -> float:
+        """Install or upgrade the chart; seconds until all its pods were ready and its hooks had ended."""
+        keys = json.loads(run("kubectl", "-n", KUBEFLOW, "get", "secret", OBJECT_STORE_SECRET, "-o", "json"))["data"]
+        of_release = {
+            "s3": {
+                "endpoint": OBJECT_STORE,
+                "accessKey": b64decode(keys["accesskey"]).decode(),
+                "secretKey": b64decode(keys["secretkey"]).decode(),
+            },
+            "pipelines": {"host": PIPELINES, "namespace": KUBEFLOW, "placement": PLACEMENT},
+            "predictor": {"resources": {"requests": {"cpu": "100m", "memory": "1Gi"}}},
+            "router": {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}},
+        }
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(of_release | values, file)
+            file.flush()
+            began = time.monotonic()
+            where = ("--namespace", NAMESPACE, "--values", str(self.images), "--values", file.name)
+            run("helm", "upgrade", "--install", RELEASE, str(CHART), *where, "--wait", "--timeout", "20m", timeout=1300)
+            return time.monotonic() - began
+
+    def start(self, name: str, script: str, environment: Mapping[str, str], secret: str | None = None) -> str:
+        """Start a pod that runs `script`, under what the pod security standard `restricted` asks for; its name."""
+        self.number += 1
+        pod = f"e2e-{name}-{self.number}"
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": pod, "labels": {"app": "coterie-e2e"}},
+            "spec": {
+                "restartPolicy": "Never",
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": 1,
+                "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [
+                    {
+                        "name": "asks",
+                        "image": self.image,
+                        "command": ["python3", "-c", script],
+                        "env": [{"name": key, "value": value} for key, value in environment.items()],
+                        "envFrom": [{"secretRef": {"name": secret}}] if secret else [],
+                        "securityContext": {
+                            "allowPrivilegeEscalation": False,
+                            "capabilities": {"drop": ["ALL"]},
+                            "readOnlyRootFilesystem": True,
+                        },
+                        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+                    }
+                ],
+                "volumes": [{"name": "tmp", "emptyDir": {}}],
+            },
+        }
+        kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+        return pod
+
+    def ask(self, name: str, script: str, secret: str | None = None, **environment: str) -> Any:
+        """What `script` prints last, read as JSON."""
+        told = {"SERVICE": SERVICE, "GRPC": GRPC, "QUESTION": json.dumps(QUESTION)} | environment
+        pod = self.start(name, script, told, secret)
+        phase, until = "", time.monotonic() + 240
+        while phase not in ("Succeeded", "Failed") and time.monotonic() < until:
+            time.sleep(1)
+            phase = kubectl("get", "pod", pod, "-o", "jsonpath={.status.phase}")
+        said = kubectl("logs", pod, check=False).strip()
+        if phase != "Succeeded":
+            raise Failed(f"{pod}: {phase}: {said[-2000:]}")
+        return json.loads(said.splitlines()[-1])
+
+    @contextmanager
+    def under_load(self, rate: int) -> Iterator[None]:
+        """Within, `rate` requests a second are sent, every second on a new connection; none of them may fail."""
+        pod = self.start("load", LOAD, {"SERVICE": SERVICE, "QUESTION": json.dumps(QUESTION), "RATE": str(rate)})
+        kubectl("wait", "--for=condition=Ready", "pod", pod, "--timeout=120s")
+        time.sleep(10)
+        yield
+        time.sleep(10)
+        told = json.loads(kubectl("logs", pod, "--tail=1"))
+        kubectl("delete", "pod", pod, "--wait=false")
+        versions = ", ".join(f"{name} {count}" for name, count in told["versions"].items())
+        say(
+            f"{told['answered']} requests answered of {told['sent']}, {told['rate']:.0f} a second; by bundle: {versions}"
+        )
+        see(not told["failures"], f"failures: {told['failures'] or 'none'}")
+
+
+def pipeline(python: str, name: str, seconds: int, arguments: Mapping[str, Any]) -> float:
+    """Run an uploaded pipeline from a pod's own command, as a scheduled run would; seconds until it succeeded."""
+    began = time.monotonic()
+    told = [f"--set={key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arguments.items()]
+    command = (python, "-m", "pipelines.upload", "--host", PIPELINES, "--run", name, "--wait", str(seconds), *told)
+    for line in run(*command, timeout=seconds + 120).splitlines():
+        say(line)
+    return time.monotonic() - began
+
+
+def annotations() -> dict[str, str]:
+    """What the InferenceService says that it serves."""
+    told = json.loads(kubectl("get", "inferenceservice", RELEASE, "-o", "json"))["metadata"]["annotations"]
+    return {name.removeprefix("coterie.dev/"): value for name, value in told.items() if name.startswith("coterie.dev/")}
+
+
+def check_answers(said: dict[str, Any]) -> None:
+    """Known workers are scored by their coterie, strangers by everybody's reward, and gRPC says the same."""
+    known = said["known"]
+    see(all(one["source"] == "profile" for one in known), f"{len(known)} known workers are scored by profile")
+    see(len({one["coterie"] for one in known}) == 2, "they are of two coteries, whose scores differ")
+    see(len({tuple(one["scores"]) for one in known}) >= 2, f"as {known[0]['scores']} for coterie {known[0]['coterie']}")
+    see(said["unknown"]["source"] == "global", f"a stranger is scored globally: {said['unknown']['reason']}")
+    see(said["new"]["source"] == "examples", "a new person is placed by three comparisons in the request")
+    near = max(abs(a - b) for a, b in zip(said["grpc"], known[0]["scores"], strict=True))
+    see(near < 1e-4, f"gRPC gives the scores of REST to {near:.1g}")
+    see(said["refused"][0] == 400, f"a bad request is refused: {said['refused'][1]}")
+
+
+def prepare(registry: str, images: Path | None) -> Path:
+    """See that the cluster has what is needed, and that the images are there; the file of their digests."""
+    with step("the cluster"):
+        for kind in ("inferenceservices.serving.kserve.io", "workflows.argoproj.io"):
+            run("kubectl", "get", "crd", kind)
+        say(run("helm", "version", "--short").strip())
+        run("kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=true", timeout=300)
+        run("kubectl", "create", "namespace", NAMESPACE)
+        level = "pod-security.kubernetes.io/enforce=restricted"
+        run("kubectl", "label", "namespace", NAMESPACE, level)
+        say(f"namespace {NAMESPACE} enforces the pod security standard restricted")
+        claim = {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": CHECKPOINTS, "namespace": KUBEFLOW},
+            "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "10Gi"}}},
+        }
+        run("kubectl", "apply", "-f", "-", stdin=json.dumps(claim))
+    if images is None:
+        with step(f"images, to {registry}"):
+            images = ROOT / "build" / "images.yaml"
+            run(str(ROOT / "containers" / "images"), registry, timeout=3600)
+    for name, image in yaml.safe_load(images.read_text(encoding="utf-8"))["images"].items():
+        say(f"{name}: {image}")
+    return images
+
+
+def everything(cluster: Cluster, without: list[str], rate: int) -> None:
+    """All steps from the install to the uninstall."""
+    for file in sorted((CHART / "ci").glob("*-values.yaml")):
+        with step(f"a server-side dry run of {file.name}"):
+            flags = ("--set", "checks.kserve=false", "--set", "checks.pipelines=false")
+            rendered = run(
+                "helm", "template", RELEASE, str(CHART), "-n", NAMESPACE, "-f", str(file), *flags, "--no-hooks"
+            )
+            kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered)
+            say(f"{len([one for one in yaml.safe_load_all(rendered) if one])} objects are accepted")
+
+    with step("helm install"):
+        seconds = cluster.install()
+        say(kubectl("get", "pods", "--no-headers").strip().replace("\n", "\n    "))
+        see(seconds < READY_SECONDS, f"all pods were ready after {seconds:.0f} s")
+    with step("helm test"):
+        run("helm", "test", RELEASE, "-n", NAMESPACE)
+        say(kubectl("logs", f"{RELEASE}-test").strip().replace("\n", "\n    "))
+
+    with step("the quickstart pipeline, to a served bundle"):
+        seconds = pipeline(sys.executable, "coteries", 2 * QUICKSTART_SECONDS, QUICKSTART)
+        see(seconds < QUICKSTART_SECONDS, f"served after {seconds:.0f} s: {annotations()}")
+    with step("scores, over REST and gRPC"):
+        check_answers(cluster.ask("asks", ASK))
+    with step("feedback"):
+        said = cluster.ask("votes", VOTE, VOTES="12")
+        see(said["outcomes"] == ["stored"] * 12, "12 votes of a stranger are stored")
+        see(said["after"]["source"] == "profile", f"who has a profile then: {said['after']['posterior']}")
+    with step("pods of router and predictor are killed under load"), cluster.under_load(rate):
+        for part in ("transformer", "predictor"):
+            selector = f"serving.kserve.io/inferenceservice={RELEASE},component={part}"
+            pod = kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[0].metadata.name}")
+            kubectl("delete", "pod", pod)
+            kubectl("rollout", "status", f"deployment/{RELEASE}-{part}", "--timeout=300s")
+            say(f"{pod} was deleted, and another took its place")
+    with step("an upgrade of the chart under load"), cluster.under_load(rate):
+        cluster.install(router={"podAnnotations": {"coterie.dev/e2e": "upgraded"}, "settings": {"cache_seconds": 5}})
+
+    if "policies" not in without:
+        with step("three updates of PPO for each coterie, in pods that ask for a GPU"):
+            pipeline(sys.executable, "coteries", 3600, POLICIES)
+    if "nodes" not in without:
+        with step("reward adapters trained on two nodes"):
+            pipeline(sys.executable, "coteries", 3600, NODES)
+
+    with step("helm test, with what serves"):
+        run("helm", "test", RELEASE, "-n", NAMESPACE)
+        say(kubectl("logs", f"{RELEASE}-test").strip().replace("\n", "\n    "))
+    serves = annotations()
+    with step("uninstall"):
+        run("helm", "uninstall", RELEASE, "-n", NAMESPACE, "--wait", "--timeout", "10m")
+        left = kubectl("get", "pods,inferenceservices", "-l", "app.kubernetes.io/part-of=coterie", "-o", "name")
+        see(not left.strip(), "no pod and no InferenceService is left")
+    with step("install again, with the bundle that served"):
+        cluster.install(bundle={"uri": serves["bundle"], "profiles": serves["profiles"].split(",")[0]})
+        check_answers(cluster.ask("asks", ASK))
+        count = cluster.ask("counts", COUNT, secret=f"{RELEASE}-stores")
+        see(count == 12, f"{count} votes are there, as before")
+
+
+def main() -> None:
+    """Do all of it; print what was seen, step by step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("registry")
+    parser.add_argument("--images", type=Path, help="digests of images that are there, in place of building them")
+    parser.add_argument("--without", nargs="*", choices=PARTS, default=[])
+    parser.add_argument("--rate", type=int, default=50, help="requests a second under load")
+    parser.add_argument("--keep", action="store_true", help="leave the release running")
+    options = parser.parse_args()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    began = time.monotonic()
+    try:
+        images = prepare(options.registry, options.images)
+        everything(Cluster(images), options.without, options.rate)
+    except Failed as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        for what in ("get pods -o wide", "get events --sort-by=.lastTimestamp", "get inferenceservices -o yaml"):
+            print(f"\n$ kubectl {what}\n{kubectl(*what.split(), check=False)[-3000:]}", file=sys.stderr)
+        sys.exit(1)
+    if not options.keep:
+        run("helm", "uninstall", RELEASE, "-n", NAMESPACE, "--wait", check=False)
+        run("kubectl", "delete", "namespace", NAMESPACE, "--wait=true", timeout=300)
+        run("kubectl", "-n", KUBEFLOW, "delete", "pvc", CHECKPOINTS, "--wait=false")
+    print(f"passed in {(time.monotonic() - began) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
