@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from coterie.config import IngestSettings
 from coterie.contracts import COMPARISON, content_id
 from coterie.errors import BackendUnavailable, BadConfiguration, BadData
-from coterie.feedback import FEEDBACK, create_schema
+from coterie.feedback.tables import FEEDBACK, create_schema
 from coterie.ingest import ingest
 from coterie.ingest.identifiers import comparison_id, pair_id
 from coterie.ingest.pseudonyms import fingerprint, pseudonym

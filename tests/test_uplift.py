@@ -5,7 +5,7 @@ import pytest
 import sqlalchemy as sa
 
 from coterie.errors import BadData
-from coterie.feedback import FEEDBACK, create_schema
+from coterie.feedback.tables import FEEDBACK, create_schema
 from coterie.uplift import holdout, uplift
 
 

@@ -327,9 +327,9 @@ def _is_database(name: str) -> bool:
 
 def _open_database(name: str) -> Source:
     with remote(name):
-        from coterie import feedback
-    metadata = {"coterie.table": "comparison", KEY_METADATA: feedback.key_fingerprint(name)}
-    return Source(name, in_blocks(enumerate(feedback.votes(name), start=1)), metadata)
+        from coterie.feedback import reader
+    metadata = {"coterie.table": "comparison", KEY_METADATA: reader.key_fingerprint(name)}
+    return Source(name, in_blocks(enumerate(reader.votes(name), start=1)), metadata)
 
 
 # -------------------------------------------------------------------------------------------------------- hub

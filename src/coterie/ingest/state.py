@@ -27,8 +27,8 @@ def source_state(patterns: list[str]) -> dict[str, str]:
             continue
         if _is_database(pattern):
             with remote(pattern):
-                from coterie import feedback
-            state[pattern] = feedback.state(pattern)
+                from coterie.feedback import reader
+            state[pattern] = reader.state(pattern)
             continue
         for name in _expand(pattern):
             with remote(name):
