@@ -26,7 +26,8 @@ log = logging.getLogger("coterie.serving")
 TOKEN, TOKEN_FILE = "COTERIE_TOKEN", "COTERIE_TOKEN_FILE"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
-_ANYBODY = ("/", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready")  # what probes and scrapers ask
+DRAIN = "/drain"
+_ANYBODY = ("/", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready", DRAIN)  # what probes and scrapers ask
 _LONGEST_ID = 200
 
 
@@ -84,7 +85,10 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                told = MutableHeaders(scope=message)
+                told["x-request-id"] = request_id
+                if getattr(scope["app"].state, "draining", False):
+                    told["connection"] = "close"
             await send(message)
 
         try:

@@ -51,7 +51,7 @@ def model_server(
     from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
     from serving import failures
-    from serving.doors import Door, GrpcDoor, load_token
+    from serving.doors import DRAIN, Door, GrpcDoor, load_token
 
     token, limit = load_token(environ), int(settings.max_body_mb * 2**20)
     followers: list[Callable[[], Any]] = []  # of the bundle that serves
@@ -126,6 +126,7 @@ def model_server(
 
                 app.include_router(routes(router, settings.policies, settings.request_seconds))
             app.add_api_route("/v2/models/{model_name}/manifest", self._manifest, methods=["GET"])
+            app.add_api_route(DRAIN, self._drain, methods=["GET"])
 
         def run(self, models: list[Any], background: Background | None = None, greeting: str = "") -> None:
             """Serve until a signal, with `background` beside it. Raises what that raises."""
@@ -191,6 +192,15 @@ def model_server(
             await self._listens()
             if self._greeting:
                 print(self._greeting, flush=True)
+
+        async def _drain(self) -> dict[str, Any]:
+            """What is asked before the end: requests come until every proxy has heard of it, and connections end with answers.
+
+            One that is kept open would be cut at the end, perhaps with a request on its way.
+            """
+            app.state.draining = True
+            await asyncio.sleep(settings.drain_seconds)
+            return {"draining": True}
 
         async def _manifest(self, model_name: str) -> dict[str, Any]:
             """Which bundle answers."""

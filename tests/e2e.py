@@ -36,7 +36,7 @@ READY_SECONDS, QUICKSTART_SECONDS = 60, 15 * 60  # the least that is asked for
 PARTS = ("policies", "nodes")
 
 SIMULATED = (
-    "simulated://groups?groups=2&workers=60&comparisons_per_worker=100&prompts=60&responses=5&accuracy=0.85&seed=1"
+    "simulated://groups?groups=2&workers=60&comparisons_per_worker=100&prompts=150&responses=4&accuracy=0.85&seed=1"
 )
 QUICKSTART = {
     "ingest_source": [SIMULATED],
@@ -146,14 +146,10 @@ import httpx
 question, rate = json.loads(os.environ["QUESTION"]), float(os.environ["RATE"])
 url, seen, failures, versions = os.environ["SERVICE"] + "/v1/models/coterie:predict", Counter(), Counter(), Counter()
 
-async def one(number, kept):
+async def one(number, client):
     body = {"instances": [question | {"worker_id": f"annotator-{number % 20 + 1:02d}"}] * 2}
     try:
-        if number % 2:  # on a connection of its own
-            async with httpx.AsyncClient(timeout=30) as client:
-                answer = await client.post(url, json=body)
-        else:
-            answer = await kept.post(url, json=body)
+        answer = await client.post(url, json=body)
         if answer.status_code != 200:
             failures[f"{answer.status_code} {answer.text[:200]}"] += 1
             return
@@ -168,10 +164,11 @@ async def one(number, kept):
 
 async def main():
     began, number, tasks = time.monotonic(), 0, set()
-    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=None)) as kept:
+    kept, fresh = ({"limits": httpx.Limits(max_keepalive_connections=most), "timeout": 30} for most in (None, 0))
+    async with httpx.AsyncClient(**kept) as keeps, httpx.AsyncClient(**fresh) as connects:
         while True:
             await asyncio.sleep(max(0, began + number / rate - time.monotonic()))
-            task = asyncio.create_task(one(number, kept))
+            task = asyncio.create_task(one(number, connects if number % 2 else keeps))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             number += 1
@@ -361,7 +358,7 @@ def check_answers(said: dict[str, Any]) -> None:
     see(len({one["coterie"] for one in known}) == 2, "they are of two coteries, whose scores differ")
     see(len({tuple(one["scores"]) for one in known}) >= 2, f"as {known[0]['scores']} for coterie {known[0]['coterie']}")
     see(said["unknown"]["source"] == "global", f"a stranger is scored globally: {said['unknown']['reason']}")
-    see(said["new"]["source"] == "examples", "a new person is placed by three comparisons in the request")
+    see(said["new"]["source"] == "comparisons", "a new person is placed by three comparisons in the request")
     near = max(abs(a - b) for a, b in zip(said["grpc"], known[0]["scores"], strict=True))
     see(near < 1e-4, f"gRPC gives the scores of REST to {near:.1g}")
     see(said["refused"][0] == 400, f"a bad request is refused: {said['refused'][1]}")

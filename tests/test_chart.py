@@ -284,8 +284,8 @@ def test_the_inference_service():
         assert container["readinessProbe"]["httpGet"] == ready
         assert container["livenessProbe"]["httpGet"] == {"path": "/v2/health/live", "port": 8080}
         assert [port["name"] for port in container["ports"]] == ["http", "grpc"]
-        stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-        assert spec["terminationGracePeriodSeconds"] > stop + ServeSettings().grace_seconds
+        assert container["lifecycle"]["preStop"]["httpGet"] == {"path": "/drain", "port": 8080}
+        assert spec["terminationGracePeriodSeconds"] > ServeSettings().drain_seconds + ServeSettings().grace_seconds
     told = environment(made["spec"]["transformer"]["containers"][0])
     secrets = {name: v["valueFrom"]["secretKeyRef"]["name"] for name, v in told.items() if "valueFrom" in v}
     stores = dict.fromkeys(("COTERIE_REDIS", "COTERIE_FEEDBACK_DATABASE", "PGPASSWORD"), f"{RELEASE}-stores")

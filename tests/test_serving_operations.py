@@ -186,6 +186,24 @@ def test_a_full_queue_is_429_while_probes_answer_and_passes(run):
             assert time.monotonic() < deadline
 
 
+def test_who_is_about_to_end_answers_and_ends_connections_with_answers(run):
+    with serving(run, drain_seconds=1.5) as (_, url, _), httpx.Client(base_url=url, timeout=30) as client:
+        kept = client.get("/v2/health/live")
+        assert "connection" not in kept.headers
+        drained = []
+        draining = threading.Thread(target=lambda: drained.append(httpx.get(f"{url}/drain", timeout=30)))
+        began = time.monotonic()
+        draining.start()
+        ends = []
+        while draining.is_alive():
+            answer = client.post("/v1/models/coterie:predict", json=BODY)
+            assert answer.status_code == 200
+            ends.append(answer.headers.get("connection"))
+        assert time.monotonic() - began >= 1.5
+        assert drained[0].json() == {"draining": True}
+        assert ends[-1] == "close"
+
+
 def test_metrics_count_by_cause_and_logs_hold_ids_and_no_text(run):
     private = {"worker_id": "ann", "prompt": "very private words", "responses": ["other private words", "b"]}
     with serving(run) as (_, url, log), httpx.Client(base_url=url, timeout=60) as client:
