@@ -466,7 +466,7 @@ def test_the_benchmark_draws_no_answer_twice(policies, monkeypatch, tmp_path):
 def test_the_benchmark_demands_what_is_asked():
     def win(against, value, low):
         rate = {"value": value, "low": low, "high": 0.9, "level": 0.95}
-        return {"judge": "truth", "people": "everybody", "against": against, "equal_length": rate}
+        return {"judge": "truth", "audience": "everybody", "people": 400, "against": against, "equal_length": rate}
 
     ratio = {"recovered": {"value": 0.95}, "own_minus_wrong_of_oracle": {"value": 0.89}}
     wins = [win("start", 0.66, 0.6), win("global", 0.56, 0.49), win("wrong", 0.59, 0.55)]
