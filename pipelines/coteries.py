@@ -1,7 +1,6 @@
 """The main pipeline: from raw preferences to a bundle that serves, worker profiles in Feast, and a report.
 
 python -m pipelines.coteries                              # writes pipelines/coteries.yaml anew
-python -m pipelines.coteries --image NAME@sha256:... [--placement pipelines/gpu.yaml] --out FILE.yaml      # to upload
 """
 
 # No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
@@ -9,13 +8,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import click
-from kfp import compiler, dsl, kubernetes
+from kfp import dsl, kubernetes
 
 from components import closing, data, discovery, policies, rewards, serving
 from components.artifacts import SECRETS_FOLDER
-from components.image import TRAIN_IMAGE
-from pipelines.placement import ANYWHERE, Placement, load_placement, placing, put
+from pipelines import compiling
+from pipelines.placement import ANYWHERE, Placement, placing, put
 
 COMPILED = Path(__file__).with_name("coteries.yaml")
 
@@ -348,21 +346,7 @@ def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:
 coteries = pipeline(ANYWHERE)
 
 
-def compile_to(path: Path, image: str = TRAIN_IMAGE, placement: Placement = ANYWHERE) -> None:
-    """Write the pipeline's YAML with `image` in every component."""
-    compiler.Compiler().compile(pipeline(placement), str(path))
-    if image != TRAIN_IMAGE:
-        path.write_text(path.read_text(encoding="utf-8").replace(TRAIN_IMAGE, image), encoding="utf-8")
-
-
-@click.command()
-@click.option("--image", default=TRAIN_IMAGE, help="by digest: Kubeflow's cache key is the image's name")
-@click.option("--placement", type=click.Path(path_type=Path), help="processors, memory, GPUs and nodes of every stage")
-@click.option("--out", type=click.Path(path_type=Path), default=COMPILED)
-def main(image: str, placement: Path | None, out: Path) -> None:
-    """Compile the pipeline; without options, pipelines/coteries.yaml anew."""
-    compile_to(out, image, load_placement(placement) if placement else ANYWHERE)
-
+compile_to = functools.partial(compiling.compile_to, pipeline)
 
 if __name__ == "__main__":
-    main()
+    compiling.command(pipeline, COMPILED)()

@@ -1,6 +1,6 @@
-"""Where the pipeline's steps run: processors, memory, GPUs, nodes, time and retries of every stage, from one file.
+"""Where the pipelines' steps run: processors, memory, GPUs, nodes, time and retries of every stage, from one file.
 
-    python -m pipelines.coteries --placement pipelines/gpu.yaml --out coteries.yaml
+    python -m pipelines.upload --placement pipelines/gpu.yaml ...
 
 A placement is compiled into the pipeline, because Kubernetes must know it before a pod starts.
 """
@@ -62,6 +62,7 @@ Stage = Literal[
     "judge",
     "report",
     "deploy",
+    "refresh",
 ]
 
 

@@ -1,18 +1,18 @@
 """The refresh pipeline: feedback into posteriors, and into a new run where people have changed.
 
-python -m pipelines.refresh                                            # writes pipelines/refresh.yaml anew
-python -m pipelines.refresh --image NAME@sha256:... --out FILE.yaml    # to upload
+python -m pipelines.refresh                              # writes pipelines/refresh.yaml anew
 """
 
 # No `from __future__ import annotations` here: Kubeflow reads the annotations themselves.
+import functools
 from pathlib import Path
 
-import click
-from kfp import compiler, dsl
+from kfp import dsl
 
 from components import discovery, feedback, serving
-from components.image import TRAIN_IMAGE
+from pipelines import compiling
 from pipelines.coteries import use_secrets
+from pipelines.placement import ANYWHERE, Placement, placing, put
 
 COMPILED = Path(__file__).with_name("refresh.yaml")
 DESCRIPTION = (
@@ -23,8 +23,7 @@ DESCRIPTION = (
 )
 
 
-@dsl.pipeline(name="refresh", description=DESCRIPTION)
-def refresh(
+def define(
     run: str,
     database: str,
     always: bool = False,
@@ -55,21 +54,19 @@ def refresh(
     deployed.set_caching_options(False)
     use_secrets(deployed)
 
-
-def compile_to(path: Path, image: str = TRAIN_IMAGE) -> None:
-    """Write the pipeline's YAML with `image` in every component."""
-    compiler.Compiler().compile(refresh, str(path))
-    if image != TRAIN_IMAGE:
-        path.write_text(path.read_text(encoding="utf-8").replace(TRAIN_IMAGE, image), encoding="utf-8")
+    put(folded, "refresh")
+    put(published, "publish")
+    put(deployed, "deploy")
 
 
-@click.command()
-@click.option("--image", default=TRAIN_IMAGE, help="by digest: Kubeflow's cache key is the image's name")
-@click.option("--out", type=click.Path(path_type=Path), default=COMPILED)
-def main(image: str, out: Path) -> None:
-    """Compile the pipeline; without options, pipelines/refresh.yaml anew."""
-    compile_to(out, image)
+def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:
+    """The pipeline whose steps run in these places."""
+    with placing(placement):
+        return dsl.pipeline(name="refresh", description=DESCRIPTION)(define)
 
+
+refresh = pipeline(ANYWHERE)
+compile_to = functools.partial(compiling.compile_to, pipeline)
 
 if __name__ == "__main__":
-    main()
+    compiling.command(pipeline, COMPILED)()

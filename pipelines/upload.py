@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,18 +23,14 @@ import click
 import yaml
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
 
-from coterie.errors import BackendUnavailable, BadConfiguration, CoterieError, RunFailed
+from coterie.errors import BackendUnavailable, BadConfiguration, RunFailed
+from coterie.options import InWords
 from pipelines import coteries, refresh
 from pipelines.placement import ANYWHERE, Placement, load_placement
 
-Write = Callable[[Path, str, Placement], None]
+PIPELINES = {"coteries": (coteries.coteries, coteries.compile_to), "refresh": (refresh.refresh, refresh.compile_to)}
+"""Each pipeline, and what compiles it."""
 
-PIPELINES: dict[str, Write] = {
-    "coteries": coteries.compile_to,
-    "refresh": lambda path, image, _: refresh.compile_to(path, image),
-}
-COMPONENTS = {"coteries": coteries.coteries, "refresh": refresh.refresh}
-DESCRIPTIONS = {"coteries": coteries.DESCRIPTION, "refresh": refresh.DESCRIPTION}
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}$")
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # of kfp: where a projected service account token lies
 
@@ -55,7 +51,8 @@ def write(name: str, path: Path, image: str, placement: Placement, defaults: Map
     Raises:
         BadConfiguration: a default of another type than the parameter's.
     """
-    PIPELINES[name](path, image, placement)
+    _, compile_to = PIPELINES[name]
+    compile_to(path, image, placement)
     specification, *platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
     known = specification["root"].get("inputDefinitions", {}).get("parameters", {})
     for parameter, value in defaults.items():
@@ -68,7 +65,7 @@ def write(name: str, path: Path, image: str, placement: Placement, defaults: Map
 
 def parameters(name: str) -> dict[str, str]:
     """The pipeline's parameters and their types, as Kubeflow names them."""
-    known = COMPONENTS[name].pipeline_spec.root.input_definitions.parameters
+    known = PIPELINES[name][0].pipeline_spec.root.input_definitions.parameters
     return {parameter: ParameterType.ParameterTypeEnum.Name(of.parameter_type) for parameter, of in known.items()}
 
 
@@ -94,7 +91,7 @@ def upload(client: Any, name: str, file: Path, version: str, namespace: str | No
         identity = client.get_pipeline_id(name)
         if identity is None:
             made = kfp_server_api.V2beta1Pipeline(
-                name=name, display_name=name, description=DESCRIPTIONS[name], namespace=namespace
+                name=name, display_name=name, description=PIPELINES[name][0].description, namespace=namespace
             )
             identity = client._pipelines_api.pipeline_service_create_pipeline(made).pipeline_id
         if version in _versions(client, identity):
@@ -217,7 +214,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     return {name: value for name, _, value in pairs}
 
 
-@click.command()
+@click.command(cls=InWords)
 @click.option("--host", required=True, help="the API of Kubeflow Pipelines")
 @click.option("--image", help="of the components, by digest")
 @click.option("--placement", type=click.Path(path_type=Path), help="processors, memory, GPUs and nodes of every stage")
@@ -246,38 +243,32 @@ def main(
     namespace: str | None,
 ) -> None:
     """Upload the pipelines, or start one of them."""
-    try:
-        client = _client(host, namespace)
-        if run is not None:
-            types = parameters(run)
-            unknown = sorted(values.keys() - types.keys())
-            if unknown:
-                raise BadConfiguration(f"{run} has no parameter {unknown[0]}; it has {', '.join(sorted(types))}")
-            typed = {name: _value(name, text, types[name]) for name, text in values.items()}
-            identity = start(client, run, typed, experiment, namespace, account)
-            click.echo(f"{run}: run {identity} started")
-            if wait is not None:
-                await_run(client, identity, wait)
-                click.echo(f"{run}: run {identity} succeeded")
-            return
-        if image is None:
-            raise BadConfiguration("give the --image that the components run in")
-        if not _DIGEST.match(image):
-            click.echo(
-                f"warning: {image} is no digest; Kubeflow's cache would serve what an older image made", err=True
-            )
-        unknown = sorted(values.keys() - parameters("coteries").keys() - parameters("refresh").keys())
+    client = _client(host, namespace)
+    if run is not None:
+        types = parameters(run)
+        unknown = sorted(values.keys() - types.keys())
         if unknown:
-            raise BadConfiguration(f"no pipeline has a parameter {unknown[0]}")
-        with tempfile.TemporaryDirectory() as folder:
-            for name in PIPELINES:
-                file = Path(folder) / f"{name}.yaml"
-                version = write(name, file, image, load_placement(placement) if placement else ANYWHERE, values)
-                new = upload(client, name, file, version, namespace)
-                click.echo(f"{name}: version {version} {'uploaded' if new else 'is there already'}")
-    except CoterieError as error:
-        click.secho(f"coterie: {error}", fg="red", err=True)
-        raise SystemExit(error.exit_code) from error
+            raise BadConfiguration(f"{run} has no parameter {unknown[0]}; it has {', '.join(sorted(types))}")
+        typed = {name: _value(name, text, types[name]) for name, text in values.items()}
+        identity = start(client, run, typed, experiment, namespace, account)
+        click.echo(f"{run}: run {identity} started")
+        if wait is not None:
+            await_run(client, identity, wait)
+            click.echo(f"{run}: run {identity} succeeded")
+        return
+    if image is None:
+        raise BadConfiguration("give the --image that the components run in")
+    if not _DIGEST.match(image):
+        click.echo(f"warning: {image} is no digest; Kubeflow's cache would serve what an older image made", err=True)
+    unknown = sorted(values.keys() - parameters("coteries").keys() - parameters("refresh").keys())
+    if unknown:
+        raise BadConfiguration(f"no pipeline has a parameter {unknown[0]}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PIPELINES:
+            file = Path(folder) / f"{name}.yaml"
+            version = write(name, file, image, load_placement(placement) if placement else ANYWHERE, values)
+            new = upload(client, name, file, version, namespace)
+            click.echo(f"{name}: version {version} {'uploaded' if new else 'is there already'}")
 
 
 def _client(host: str, namespace: str | None) -> Any:

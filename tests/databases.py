@@ -1,4 +1,4 @@
-"""Real databases for the tests of feedback: SQLite files, and a PostgreSQL of the machine's own on a free port."""
+"""Real databases for tests and benchmarks: SQLite files, and a PostgreSQL and a Redis of the machine's own on free ports."""
 
 import getpass
 import os
@@ -70,13 +70,51 @@ class Postgres:
         self.process.wait()
 
 
+class Redis:
+    """A Redis that keeps what it was told when it is killed."""
+
+    def __init__(self, folder):
+        self.program, self.folder = shutil.which("redis-server"), folder
+        if self.program is None:
+            _missing("redis-server", "redis-server")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+
+    def start(self):
+        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        for _ in range(100):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.05)
+        self.signal(signal.SIGKILL)
+        raise AssertionError("redis-server does not listen")
+
+    def signal(self, how):
+        self.process.send_signal(how)
+        if how == signal.SIGKILL:
+            self.process.wait()
+
+    def stop(self):
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGKILL)
+
+
 def _program(name):
     ours = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))  # Debian puts them beside the path
     found = str(ours[-1]) if ours else shutil.which(name)
     if found is None:
-        words = f"{name} is not installed (Debian: apt-get install postgresql)"
-        pytest.fail(words) if os.environ.get("CI") else pytest.skip(words)
+        _missing(name, "postgresql")
     return found
+
+
+def _missing(name, package):
+    words = f"{name} is not installed (Debian: apt-get install {package})"
+    pytest.fail(words) if os.environ.get("CI") else pytest.skip(words)
 
 
 @contextmanager

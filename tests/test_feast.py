@@ -4,8 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +13,7 @@ import pytest
 from coterie import contracts
 from coterie.config import PublishSettings, ServeSettings
 from coterie.errors import BackendUnavailable, BadConfiguration, BadData
+from tests.databases import Redis
 
 WORKERS = [f"w{i}" for i in range(40)] + ["émile 🙂", "a b\n"]
 RANK, COTERIES = 2, 3
@@ -180,27 +179,14 @@ def test_no_assignments_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------- redis
 @pytest.fixture
 def redis(monkeypatch, tmp_path):
-    """A Redis server of Debian's on a free port; yields its process after naming it in COTERIE_REDIS."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    monkeypatch.setenv("COTERIE_REDIS", f"127.0.0.1:{port}")
-    try:
-        for _ in range(100):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield server
-    finally:
-        server.send_signal(signal.SIGCONT)
-        server.kill()
-        server.wait()
+    """A Redis of the machine's own; yields its process after naming it in COTERIE_REDIS."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = Redis(folder)
+    monkeypatch.setenv("COTERIE_REDIS", server.address)
+    server.start()
+    yield server.process
+    server.stop()
 
 
 def test_redis_takes_a_second_publication_even_from_a_clock_that_runs_behind(redis, tmp_path):

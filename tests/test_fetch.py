@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from stand_ins import s3
 
 from coterie.bundle import Bundle
 from coterie.errors import BackendUnavailable, BadBundle, BadConfiguration, BadData
@@ -30,29 +31,11 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(made):
     """An S3 server that holds all of it in the bucket `runs`, as Kubeflow stores folders: by prefix."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    import s3fs
-
-    running = server.ThreadedMotoServer(port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "1",
-        }.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        system = s3fs.S3FileSystem()
+    with s3() as (system, _):
         system.mkdir("runs")
         for folder in ("bundle", "publish", "other"):
             system.put(str(made / folder), f"runs/first/{folder}", recursive=True)
         yield system
-        running.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def command(*arguments, **environ):

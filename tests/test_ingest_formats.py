@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stand_ins import s3
 
 from coterie.config import IngestSettings
 from coterie.contracts import COMPARISON, QUARANTINE
@@ -370,23 +371,8 @@ def test_without_a_telling_name(tmp_path):
     assert [row["worker_id"] for row in out] == ["a", "b"]
 
 
-def test_s3(tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
-    running = server.ThreadedMotoServer(port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        store = s3fs.S3FileSystem()
+def test_s3(tmp_path):
+    with s3() as (store, end):
         store.mkdir("votes")
         store.put(lines(tmp_path / "1.jsonl.gz", votes(3, "a")), "votes/2024/1.jsonl.gz")
         pq.write_table(pa.Table.from_pylist(votes(2, "b")), tmp_path / "2.parquet")
@@ -401,12 +387,10 @@ def test_s3(tmp_path, monkeypatch):
             run(tmp_path, "s3://votes/nothing.jsonl")
         with pytest.raises(BadData, match="a folder"):
             run(tmp_path, "s3://votes/2024")
-    finally:
-        running.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
-    for name in ("s3://votes/2024/1.jsonl.gz", "s3://votes/*.parquet"):
-        with pytest.raises(BackendUnavailable, match=re.escape(name)):
-            run(tmp_path, name)
+        end()
+        for name in ("s3://votes/2024/1.jsonl.gz", "s3://votes/*.parquet"):
+            with pytest.raises(BackendUnavailable, match=re.escape(name)):
+                run(tmp_path, name)
 
 
 def test_a_data_set_through_datasets(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from kubernetes import config
+from stand_ins import JsonHandler
 from test_adapters import backbone, settings_of, train, weights, write_comparisons  # noqa: F401
 from tiny_models import one_thread  # noqa: F401
 
@@ -150,24 +151,11 @@ class _Pod:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, body, code=200):
-        raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "text/plain" if isinstance(body, str) else "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
+class _Handler(JsonHandler):
     def handle_any(self):
         cluster, url = self.cluster, urlparse(self.path)
         asked = {key: values[0] for key, values in parse_qs(url.query).items()}
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         cluster.log.append((self.command, url.path))
         if cluster.trouble and (self.command, url.path.startswith(cluster.trouble[0][0])) == (
             cluster.trouble[0][1],

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from coterie.bundle import Bundle
 from coterie.feedback.database import Database
 from coterie.feedback.tables import FEEDBACK, OUTBOX
 from coterie.scoring import Scorer
-from tests.databases import postgres
+from tests.databases import Redis, postgres
 from tests.served import (
     KEY,
     POSTERIORS,
@@ -41,26 +40,6 @@ PREDICT, FEEDBACK_PATH = "/v1/models/mine:predict", "/v1/feedback"
 BACK_WITHIN = 60  # seconds, on a machine that does much else
 
 
-class Redis:
-    """A Redis that keeps what it was told when it is killed."""
-
-    def __init__(self, folder):
-        self.program, self.folder, self.port = shutil.which("redis-server"), folder, free_port()
-        if self.program is None:
-            words = "redis-server is not installed (Debian: apt-get install redis-server)"
-            pytest.fail(words) if os.environ.get("CI") else pytest.skip(words)
-
-    def start(self):
-        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def signal(self, how):
-        self.process.send_signal(how)
-        if how == signal.SIGKILL:
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory):
     server = Redis(tmp_path_factory.mktemp("redis"))
@@ -68,8 +47,7 @@ def redis(tmp_path_factory):
     try:
         yield server
     finally:
-        server.signal(signal.SIGCONT)
-        server.signal(signal.SIGKILL)
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from stand_ins import JsonHandler
 
 from coterie.errors import BackendUnavailable, BadConfiguration, RunFailed
 from pipelines import upload
@@ -36,7 +37,7 @@ class Kubeflow(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Kubeflow
 
     def do_GET(self) -> None:
@@ -44,70 +45,58 @@ class Handler(BaseHTTPRequestHandler):
         query = parse_qs(parts.query)
         path = parts.path.removeprefix("/apis/v2beta1/")
         if self.server.refuses:
-            self._answer({"error": "database is away"}, 500)
+            self.answer({"error": "database is away"}, 500)
         elif path == "healthz":
-            self._answer({"multi_user": False})
+            self.answer({"multi_user": False})
         elif path == "pipelines":
             wanted = json.loads(query["filter"][0])["predicates"][0]["stringValue"]
             found = [{"pipeline_id": i, "display_name": n} for i, n in self.server.pipelines.items() if n == wanted]
-            self._answer({"pipelines": found} if found else {})
+            self.answer({"pipelines": found} if found else {})
         elif match := re.fullmatch("pipelines/(.*)/versions", path):
-            known = list(reversed(self.server.versions.get(match[1], [])))
+            known = self.server.versions.get(match[1], [])[:: -1 if query.get("sort_by") == ["created_at desc"] else 1]
             first = int(query.get("page_token", ["0"])[0] or 0)
             page = known[first : first + 1]  # of one, so that paging is seen
             more = {"next_page_token": str(first + 1)} if first + 1 < len(known) else {}
-            self._answer({"pipeline_versions": page} | more)
+            self.answer({"pipeline_versions": page} | more)
         elif path == "experiments":
-            self._answer({"experiments": [{"experiment_id": "e-1", "display_name": "coterie"}]})
+            self.answer({"experiments": [{"experiment_id": "e-1", "display_name": "coterie"}]})
         elif path.startswith("runs/"):
-            self._answer({"run_id": path.removeprefix("runs/")} | self.server.ended)
+            self.answer({"run_id": path.removeprefix("runs/")} | self.server.ended)
         else:
-            self._answer({"error": f"no {path}"}, 404)
+            self.answer({"error": f"no {path}"}, 404)
 
     def do_POST(self) -> None:
         parts = urlsplit(self.path)
         query = parse_qs(parts.query)
         path = parts.path.removeprefix("/apis/v2beta1/")
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self.body()
         if path == "pipelines":
             identity = f"p-{len(self.server.pipelines)}"
             self.server.pipelines[identity] = json.loads(body)["display_name"]
-            self._answer({"pipeline_id": identity})
+            self.answer({"pipeline_id": identity})
         elif path == "pipelines/upload_version":
             self.server.uploaded.append(body)
             version = {"display_name": query["name"][0], "pipeline_version_id": f"v-{len(self.server.uploaded)}"}
             self.server.versions.setdefault(query["pipelineid"][0], []).append(version)
-            self._answer(version)
+            self.answer(version)
         elif path == "runs":
             self.server.runs.append(json.loads(body))
-            self._answer({"run_id": "r-1"})
+            self.answer({"run_id": "r-1"})
         else:
-            self._answer({"error": f"no {path}"}, 404)
-
-    def _answer(self, value: dict, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.answer({"error": f"no {path}"}, 404)
 
 
 @pytest.fixture
 def kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubeflow]:
     monkeypatch.setenv("HOME", str(tmp_path))
-    for (
-        name
-    ) in upload.PIPELINES:  # to compile takes seconds, and tests of the pipelines hold what was compiled against it
-        compiled = Path(upload.__file__).with_name(f"{name}.yaml").read_text()
-        monkeypatch.setitem(
-            upload.PIPELINES,
-            name,
-            lambda path, image, _, text=compiled: path.write_text(text.replace("coterie-train:unset", image)),
-        )
+    # To compile takes seconds, and tests of the pipelines hold what was compiled against it.
+    for name, (component, _) in upload.PIPELINES.items():
+        text = Path(upload.__file__).with_name(f"{name}.yaml").read_text()
+
+        def write(path: Path, image: str, _: Placement, text: str = text) -> None:
+            path.write_text(text.replace("coterie-train:unset", image))
+
+        monkeypatch.setitem(upload.PIPELINES, name, (component, write))
     server = Kubeflow()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -158,6 +147,14 @@ def test_a_placement_is_part_of_the_version(tmp_path):
     placement = Placement(stages={"align": {"gpus": 1}})
     file = tmp_path / "pipeline.yaml"
     assert upload.write("coteries", file, IMAGE, placement, {}) != upload.write("coteries", file, IMAGE, ANYWHERE, {})
+    upload.write("refresh", file, IMAGE, Placement(stages={"refresh": {"memory": "64Gi"}}), {})
+    executors = next(yaml.safe_load_all(file.read_text()))["deploymentSpec"]["executors"]
+    limits = {
+        name: one["container"].get("resources", {}).get("resourceMemoryLimit")
+        for name, one in executors.items()
+        if "container" in one
+    }
+    assert limits == {"exec-refresh": "64Gi", "exec-publish": None, "exec-deploy": None}
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,8 @@ livenessProbe:
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
-lifecycle: # takes drain_seconds: requests come until every proxy has heard that the pod goes
-  preStop: {httpGet: {path: /drain, port: 8080}}
+lifecycle: # requests come until every proxy has heard that the pod goes; from the signal on connections end with answers
+  preStop: {exec: {command: [sh, -c, "kill -USR1 1; sleep 8"]}}
 resources:
   {{- $resources := deepCopy $of.resources }}
   {{- if and (eq (index . 1) "predictor") $of.gpus }}
