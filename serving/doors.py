@@ -26,8 +26,7 @@ log = logging.getLogger("coterie.serving")
 TOKEN, TOKEN_FILE = "COTERIE_TOKEN", "COTERIE_TOKEN_FILE"
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
-DRAIN = "/drain"
-_ANYBODY = ("/", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready", DRAIN)  # what probes and scrapers ask
+_ANYBODY = ("/", "/metrics", "/v2", "/v2/health/live", "/v2/health/ready")  # what probes and scrapers ask
 _LONGEST_ID = 200
 
 

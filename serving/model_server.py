@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def model_server(
     from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
     from serving import failures
-    from serving.doors import DRAIN, Door, GrpcDoor, load_token
+    from serving.doors import Door, GrpcDoor, load_token
 
     token, limit = load_token(environ), int(settings.max_body_mb * 2**20)
     followers: list[Callable[[], Any]] = []  # of the bundle that serves
@@ -126,7 +127,6 @@ def model_server(
 
                 app.include_router(routes(router, settings.policies, settings.request_seconds))
             app.add_api_route("/v2/models/{model_name}/manifest", self._manifest, methods=["GET"])
-            app.add_api_route(DRAIN, self._drain, methods=["GET"])
 
         def run(self, models: list[Any], background: Background | None = None, greeting: str = "") -> None:
             """Serve until a signal, with `background` beside it. Raises what that raises."""
@@ -157,6 +157,8 @@ def model_server(
             rest._add_middlewares = lambda app: None  # times every request for a log that /metrics replaces
             rest._add_exception_handlers = failures.handle
             calls = await self._grpc() if grpc_port is not None else None
+            # Told before the end: a connection that is kept open until then would be cut with a request on its way.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, setattr, app.state, "draining", True)
             tasks = [asyncio.create_task(self._greet()), asyncio.create_task(self._behind())]
             try:
                 await super()._serve()
@@ -192,15 +194,6 @@ def model_server(
             await self._listens()
             if self._greeting:
                 print(self._greeting, flush=True)
-
-        async def _drain(self) -> dict[str, Any]:
-            """What is asked before the end: requests come until every proxy has heard of it, and connections end with answers.
-
-            One that is kept open would be cut at the end, perhaps with a request on its way.
-            """
-            app.state.draining = True
-            await asyncio.sleep(settings.drain_seconds)
-            return {"draining": True}
 
         async def _manifest(self, model_name: str) -> dict[str, Any]:
             """Which bundle answers."""

@@ -21,7 +21,7 @@ import orjson
 from coterie.config import FeedbackSettings, ServeSettings
 from coterie.errors import BackendUnavailable, BadConfiguration, BadData, CoterieError
 from coterie.ingest.pseudonyms import KEY_FILE_VARIABLE, KEY_VARIABLE, load_key
-from coterie.options import PathOption, read_settings, settings_options
+from coterie.options import InWords, PathOption, read_settings, settings_options
 from serving.model_server import model_server
 
 if TYPE_CHECKING:
@@ -117,30 +117,29 @@ def serve(
     server.run([router, predictor], greeting=greeting)
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.command(cls=InWords, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option("--bundle", type=PathOption, default=Path("/mnt/models"), show_default=True)
 @settings_options(ServeSettings)
 def predictor_command(bundle: Path, **values: Any) -> None:
     """The predictor alone; KServe's own arguments are understood as well."""
-    with _in_words():
-        settings = read_settings(ServeSettings, values)
-        from kserve.model_server import app, args
+    settings = read_settings(ServeSettings, values)
+    from kserve.model_server import app, args
 
-        from serving.posteriors import routes as posteriors
-        from serving.predictor import Predictor
+    from serving.posteriors import routes as posteriors
+    from serving.predictor import Predictor
 
-        _log_json()
-        predictor = Predictor(args.model_name, bundle, settings=settings)
-        server = model_server(settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, predictor)
+    _log_json()
+    predictor = Predictor(args.model_name, bundle, settings=settings)
+    server = model_server(settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, predictor)
 
-        async def warm_up() -> None:
-            await asyncio.to_thread(predictor.warm_up)
+    async def warm_up() -> None:
+        await asyncio.to_thread(predictor.warm_up)
 
-        app.include_router(posteriors(lambda: predictor.posteriors))
-        server.run([predictor], warm_up)
+    app.include_router(posteriors(lambda: predictor.posteriors))
+    server.run([predictor], warm_up)
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.command(cls=InWords, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option("--profiles", type=PathOption, default=Path("/mnt/profiles"), show_default=True)
 @click.option("--manifest-url", help="where the predictor tells what it serves; default: by KServe's --predictor_host")
 @click.option("--feedback/--no-feedback", envvar="COTERIE_FEEDBACK", help="take feedback")
@@ -150,52 +149,49 @@ def router_command(profiles: Path, manifest_url: str | None, feedback: bool, **v
     """The router alone; KServe's own arguments are understood as well."""
     for name in ABSENT:  # Feast and what it brings would import them where they are installed, for seconds
         sys.modules[name] = None  # type: ignore[assignment]
-    with _in_words():
-        of_feedback = FeedbackSettings.of(**{name: values.pop(name) for name in FeedbackSettings.model_fields})
-        settings = read_settings(ServeSettings, values)
-        from kserve.model_server import args
+    of_feedback = FeedbackSettings.of(**{name: values.pop(name) for name in FeedbackSettings.model_fields})
+    settings = read_settings(ServeSettings, values)
+    from kserve.model_server import args
 
-        from serving.doors import bearer, load_token
-        from serving.profiles import FeastProfiles, Profiles
-        from serving.router import Router
+    from serving.doors import bearer, load_token
+    from serving.profiles import FeastProfiles, Profiles
+    from serving.router import Router
 
-        _log_json()
-        if not args.predictor_host:
-            raise BadConfiguration("the router needs a predictor: give --predictor_host HOST[:PORT]")
-        key = load_key() if os.environ.get(KEY_VARIABLE) or os.environ.get(KEY_FILE_VARIABLE) else None
-        store = FeastProfiles(profiles)
-        source = Profiles(store.lookup, settings)
-        held_out = of_feedback.holdout if feedback else 0.0
-        router = Router(args.model_name, key, source, settings=settings, held_out=held_out)
-        url = manifest_url or f"http://{args.predictor_host}/v2/models/{args.model_name}/manifest"
-        headers = bearer(load_token(os.environ))
-        server = model_server(
-            settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, router=router, store=store
-        )
+    _log_json()
+    if not args.predictor_host:
+        raise BadConfiguration("the router needs a predictor: give --predictor_host HOST[:PORT]")
+    key = load_key() if os.environ.get(KEY_VARIABLE) or os.environ.get(KEY_FILE_VARIABLE) else None
+    store = FeastProfiles(profiles)
+    source = Profiles(store.lookup, settings)
+    held_out = of_feedback.holdout if feedback else 0.0
+    router = Router(args.model_name, key, source, settings=settings, held_out=held_out)
+    url = manifest_url or f"http://{args.predictor_host}/v2/models/{args.model_name}/manifest"
+    headers = bearer(load_token(os.environ))
+    server = model_server(settings, os.environ, "0.0.0.0", args.http_port, args.grpc_port, router=router, store=store)
 
-        async def warm_up() -> None:  # the server lives meanwhile; Feast takes five seconds to import
-            taking = await asyncio.to_thread(_feedback, of_feedback) if feedback else None
-            if taking is not None:
-                server.take_feedback(taking)
-            await asyncio.to_thread(store.open)
-            await router.watch(url, None if taking is None else partial(follow, taking))
+    async def warm_up() -> None:  # the server lives meanwhile; Feast takes five seconds to import
+        taking = await asyncio.to_thread(_feedback, of_feedback) if feedback else None
+        if taking is not None:
+            server.take_feedback(taking)
+        await asyncio.to_thread(store.open)
+        await router.watch(url, None if taking is None else partial(follow, taking))
 
-        async def follow(taking: Feedback, manifest: Manifest) -> bool:
-            from serving.posteriors import RemotePosteriors
+    async def follow(taking: Feedback, manifest: Manifest) -> bool:
+        from serving.posteriors import RemotePosteriors
 
-            if router.refusal(manifest) is not None:  # people would be named with another key
-                return False
-            infer = RemotePosteriors(url.partition("/v2/")[0], manifest.mixture_version, headers)
-            try:
-                await asyncio.to_thread(store.open)  # there may be more by now
-                return await asyncio.to_thread(_follow, taking, manifest, key, store, source, infer)
-            except CoterieError as error:
-                if not (taking.opened or isinstance(error, BackendUnavailable)):
-                    raise  # what does not pass, such as a database that would lose votes
-                log.error("feedback waits: %s", error)
-                return False
+        if router.refusal(manifest) is not None:  # people would be named with another key
+            return False
+        infer = RemotePosteriors(url.partition("/v2/")[0], manifest.mixture_version, headers)
+        try:
+            await asyncio.to_thread(store.open)  # there may be more by now
+            return await asyncio.to_thread(_follow, taking, manifest, key, store, source, infer)
+        except CoterieError as error:
+            if not (taking.opened or isinstance(error, BackendUnavailable)):
+                raise  # what does not pass, such as a database that would lose votes
+            log.error("feedback waits: %s", error)
+            return False
 
-        server.run([router], warm_up)
+    server.run([router], warm_up)
 
 
 def _feedback(settings: FeedbackSettings) -> Feedback:
@@ -275,16 +271,6 @@ def _free_port(host: str, port: int) -> int:
         raise BadConfiguration(
             f"cannot listen on {host}:{port}: {error}. Stop what listens there, or choose another --port or --host."
         ) from error
-
-
-@contextmanager
-def _in_words() -> Iterator[None]:
-    """End with a message and an exit code where coterie itself refuses."""
-    try:
-        yield
-    except CoterieError as error:
-        click.secho(f"coterie: {error}", fg="red", err=True)
-        sys.exit(error.exit_code)
 
 
 @contextmanager

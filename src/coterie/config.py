@@ -260,11 +260,6 @@ class ServeSettings(Settings):
     queue_texts: int = Field(default=4096, ge=1, description="texts that may wait; a request past them gets 429")
     request_seconds: float = Field(default=30, gt=0, description="a request that takes longer gets 504")
     max_body_mb: float = Field(default=16, gt=0, description="a larger body gets 413; in MiB")
-    drain_seconds: float = Field(
-        default=8,
-        ge=0,
-        description="how long GET /drain takes, after which Kubernetes ends a pod; connections end with answers",
-    )
     grace_seconds: int = Field(default=30, ge=0, description="what is in flight has this long to end after SIGTERM")
     policies: str = Field(
         default="", description="an OpenAI-compatible server that holds the bundle's policies, as in http://host:port"
