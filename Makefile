@@ -53,11 +53,12 @@ bench: $(VENV)/.installed ## the figures of the README, each beside its referenc
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.feedback
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.stores
 
 images: ## build the images and push them to REGISTRY; prints their digests (docker, podman or buildah)
 	containers/images $(REGISTRY)
 
-e2e: $(VENV)/.installed ## all of it on the cluster of KUBECONFIG, with images pushed to REGISTRY (an hour)
+e2e: $(VENV)/.installed ## all of it on the cluster of KUBECONFIG, with images pushed to REGISTRY
 	$(BIN)/python -m tests.e2e $(REGISTRY) $(E2E)
 
 lock: ## resolve the dependencies anew (needs uv)

@@ -25,14 +25,15 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PODS = Path(__file__).parent / "pods"  # programs that pods of the router's image run: they ask Services by their names
 CHART = ROOT / "charts" / "coterie"
 NAMESPACE, RELEASE, KUBEFLOW = "coterie-e2e", "coterie", "kubeflow"
 SERVICE, GRPC = f"http://{RELEASE}-transformer.{NAMESPACE}", f"{RELEASE}-grpc.{NAMESPACE}:8081"
 PIPELINES = f"http://ml-pipeline.{KUBEFLOW}:8888"
 OBJECT_STORE, OBJECT_STORE_SECRET = f"http://minio-service.{KUBEFLOW}:9000", "mlpipeline-minio-artifact"
 CHECKPOINTS = "coterie-e2e-checkpoints"
-READY_SECONDS, QUICKSTART_SECONDS = 60, 15 * 60  # the least that is asked for
+READY_SECONDS, QUICKSTART_SECONDS = 60, 15 * 60  # at most, as asked for
 PARTS = ("policies", "nodes")
 
 SIMULATED = (
@@ -72,112 +73,6 @@ QUESTION = {
     "prompt": "How do I plan a week of meals?",
     "responses": ["Perhaps write a list first.", "Write a list now!"],
 }
-
-# What runs in pods of the router's image, so that Services are asked by their names.
-ASK = """
-import asyncio, json, os
-import httpx
-from kserve import InferenceGRPCClient, InferInput, InferRequest
-
-question, said = json.loads(os.environ["QUESTION"]), {}
-with httpx.Client(base_url=os.environ["SERVICE"], timeout=30) as client:
-    def ask(worker, **more):
-        body = {"instances": [question | {"worker_id": worker} | more]}
-        answer = client.post("/v1/models/coterie:predict", json=body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["predictions"][0]
-
-    said["known"] = [ask(f"annotator-{i:02d}") for i in range(1, 21)]
-    said["unknown"] = ask("nobody-knows-me")
-    first, second = question["responses"]
-    vote = {"prompt": question["prompt"], "chosen": second, "rejected": first}
-    said["new"] = ask("somebody-new", comparisons=[vote] * 3)
-    refused = client.post("/v1/models/coterie:predict", json={"instances": [{"prompt": "p"}]})
-    said["refused"] = [refused.status_code, refused.json()]
-
-    texts = {"worker_id": ["annotator-01"], "prompt": [question["prompt"]], "response": question["responses"]}
-    inputs = [InferInput(name, [len(values)], "BYTES", data=values) for name, values in texts.items()]
-    request = InferRequest("coterie", inputs)
-
-    async def infer():
-        async with InferenceGRPCClient(os.environ["GRPC"]) as grpc:
-            return await grpc.infer(request)
-
-    answer = asyncio.run(infer())
-    said["grpc"] = next(o for o in answer.outputs if o.name == "score").as_numpy().tolist()
-print(json.dumps(said))
-"""
-VOTE = """
-import json, os, time
-import httpx
-
-question = json.loads(os.environ["QUESTION"])
-with httpx.Client(base_url=os.environ["SERVICE"], timeout=30) as client:
-    def ask():
-        body = {"instances": [question | {"worker_id": "e2e-voter"}]}
-        return client.post("/v1/models/coterie:predict", json=body).json()["predictions"][0]
-
-    before = ask()
-    votes = [
-        {"worker_id": "e2e-voter", "prompt": f"{question['prompt']} ({i})", "chosen": f"Write {i} lists!",
-         "rejected": f"Perhaps {i} lists are what one might write."}
-        for i in range(int(os.environ["VOTES"]))
-    ]
-    answer = client.post("/v1/feedback", json={"comparisons": votes})
-    assert answer.status_code == 200, answer.text
-    after, until = before, time.monotonic() + 60
-    while after["source"] == "global" and time.monotonic() < until:
-        time.sleep(1)
-        after = ask()
-print(json.dumps({"outcomes": [one["status"] for one in answer.json()["comparisons"]], "before": before, "after": after}))
-"""
-COUNT = """
-import os
-import sqlalchemy as sa
-
-with sa.create_engine(os.environ["COTERIE_FEEDBACK_DATABASE"]).connect() as connection:
-    print(connection.execute(sa.text("SELECT count(*) FROM feedback")).scalar_one())
-"""
-LOAD = """
-import asyncio, json, os, time
-from collections import Counter
-import httpx
-
-question, rate = json.loads(os.environ["QUESTION"]), float(os.environ["RATE"])
-url, seen, failures, versions = os.environ["SERVICE"] + "/v1/models/coterie:predict", Counter(), Counter(), Counter()
-
-async def one(number, client):
-    body = {"instances": [question | {"worker_id": f"annotator-{number % 20 + 1:02d}"}] * 2}
-    try:
-        answer = await client.post(url, json=body)
-        if answer.status_code != 200:
-            failures[f"{answer.status_code} {answer.text[:200]}"] += 1
-            return
-        told = {p["model_version"] for p in answer.json()["predictions"]}
-        if len(told) > 1:
-            failures["two versions in one answer"] += 1
-        versions[told.pop()[:12]] += 1
-    except httpx.HTTPError as error:
-        failures[f"{type(error).__name__}: {error}"[:200]] += 1
-    finally:
-        seen["answered"] += 1
-
-async def main():
-    began, number, tasks = time.monotonic(), 0, set()
-    kept, fresh = ({"limits": httpx.Limits(max_keepalive_connections=most), "timeout": 30} for most in (None, 0))
-    async with httpx.AsyncClient(**kept) as keeps, httpx.AsyncClient(**fresh) as connects:
-        while True:
-            await asyncio.sleep(max(0, began + number / rate - time.monotonic()))
-            task = asyncio.create_task(one(number, connects if number % 2 else keeps))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            number += 1
-            if number % max(1, int(rate)) == 0:
-                told = {"sent": number, "answered": seen["answered"], "rate": number / (time.monotonic() - began)}
-                print(json.dumps(told | {"failures": dict(failures), "versions": dict(versions)}), flush=True)
-
-asyncio.run(main())
-"""
 
 
 class Failed(Exception):
@@ -258,15 +153,14 @@ class Cluster:
 
     def start(
         self,
-        name: str,
-        script: str,
+        program: str,
         environment: Mapping[str, str],
         secret: str | None = None,
         image: str = "router",
     ) -> str:
-        """Start a pod that runs `script`, under what the pod security standard `restricted` asks for; its name."""
+        """Start a pod that runs a program of PODS, under what the pod security standard `restricted` asks for; its name."""
         self.number += 1
-        pod = f"e2e-{name}-{self.number}"
+        pod = f"e2e-{program}-{self.number}"
         manifest = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -280,7 +174,7 @@ class Cluster:
                     {
                         "name": "asks",
                         "image": self.named[image],
-                        "command": ["python3", "-c", script],
+                        "command": ["python3", "-c", (PODS / f"{program}.py").read_text(encoding="utf-8")],
                         "env": [{"name": key, "value": value} for key, value in environment.items()],
                         "envFrom": [{"secretRef": {"name": secret}}] if secret else [],
                         "securityContext": {
@@ -297,15 +191,15 @@ class Cluster:
         kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
         return pod
 
-    def ask(self, name: str, script: str, secret: str | None = None, **environment: str) -> Any:
-        """What `script` prints last, read as JSON."""
+    def ask(self, program: str, secret: str | None = None, **environment: str) -> Any:
+        """What a program of PODS prints last, read as JSON."""
         told = {"SERVICE": SERVICE, "GRPC": GRPC, "QUESTION": json.dumps(QUESTION)} | environment
-        return json.loads(self.await_end(self.start(name, script, told, secret), 240).splitlines()[-1])
+        return json.loads(self.await_end(self.start(program, told, secret), 240).splitlines()[-1])
 
     def pull(self) -> None:
         """Bring the images to a node, which is no part of an install's time."""
         for image in self.named:
-            self.await_end(self.start("pulls", "print('here')", {}, image=image), 1200)
+            self.await_end(self.start("pulled", {}, image=image), 1200)
 
     def await_end(self, pod: str, seconds: int) -> str:
         """Wait for a pod to end well; what it said."""
@@ -321,7 +215,7 @@ class Cluster:
     @contextmanager
     def under_load(self, rate: int) -> Iterator[None]:
         """Within, `rate` requests a second are sent, every second on a new connection; none of them may fail."""
-        pod = self.start("load", LOAD, {"SERVICE": SERVICE, "QUESTION": json.dumps(QUESTION), "RATE": str(rate)})
+        pod = self.start("load", {"SERVICE": SERVICE, "QUESTION": json.dumps(QUESTION), "RATE": str(rate)})
         kubectl("wait", "--for=condition=Ready", "pod", pod, "--timeout=120s")
         time.sleep(10)
         yield
@@ -417,9 +311,9 @@ def everything(cluster: Cluster, without: list[str], rate: int) -> None:
         seconds = pipeline(sys.executable, "coteries", 2 * QUICKSTART_SECONDS, QUICKSTART)
         see(seconds < QUICKSTART_SECONDS, f"served after {seconds:.0f} s: {annotations()}")
     with step("scores, over REST and gRPC"):
-        check_answers(cluster.ask("asks", ASK))
+        check_answers(cluster.ask("ask"))
     with step("feedback"):
-        said = cluster.ask("votes", VOTE, VOTES="12")
+        said = cluster.ask("vote", VOTES="12")
         see(said["outcomes"] == ["stored"] * 12, "12 votes of a stranger are stored")
         see(said["after"]["source"] == "profile", f"who has a profile then: {said['after']['posterior']}")
     with step("pods of router and predictor are killed under load"), cluster.under_load(rate):
@@ -451,8 +345,8 @@ def everything(cluster: Cluster, without: list[str], rate: int) -> None:
         see(not left.strip(), f"what runs then: {left.split() or 'nothing'}")
     with step("install again, with the bundle that served"):
         cluster.install(bundle={"uri": serves["bundle"], "profiles": serves["profiles"].split(",")[0]})
-        check_answers(cluster.ask("asks", ASK))
-        count = cluster.ask("counts", COUNT, secret=f"{RELEASE}-stores")
+        check_answers(cluster.ask("ask"))
+        count = cluster.ask("count", secret=f"{RELEASE}-stores")
         see(count == 12, f"{count} votes are there, as before")
 
 
