@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-policy run-demo test lint bench images e2e lock clean
+.PHONY: help demo demo-policy run-demo test lint bench study study-full images e2e lock clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,15 @@ bench: $(VENV)/.installed ## the figures of the README, each beside its referenc
 	$(BIN)/python -m benchmarks.feedback
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.stores
+
+study: $(VENV)/.installed ## who gains from coteries, how much, and when not: docs/results.md (two cores, an hour)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.study
+	$(BIN)/python -m benchmarks.study render
+
+study-full: $(VENV)/.installed ## all rows of the study, and the policies (hours; a GPU helps)
+	$(BIN)/python -m benchmarks.policies
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.study --full
+	$(BIN)/python -m benchmarks.study render
 
 images: ## build the images and push them to REGISTRY; prints their digests (docker, podman or buildah)
 	containers/images $(REGISTRY)

@@ -13,40 +13,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
-from threadpoolctl import threadpool_limits
 
 from benchmarks import settings
+from benchmarks.rows import PROCESSES, Log, Row, Work, fingerprint, key, run
 from benchmarks.settings import SETTINGS, UKP, DataSet
-from coterie import config, discovery
 from coterie.config import ClusterSettings, EmbedSettings
-from coterie.contracts import content_id, write_text
+from coterie.contracts import write_text
 from coterie.discovery import PooledReward, Votes
 from coterie.discovery.discover import Discovery, discover
 from coterie.discovery.logistic import log_loss
 from coterie.discovery.votes import Array
-from coterie.progress import progress
-from coterie.staging import content_digest
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
-PROCESSES = 2
 MODELS = ("shipped", "pooled", "reliability", "oracle", "truth")
 VERDICTS = ("one-taste", "continuous", "coteries")
 
-Row = dict[str, Any]  # the figures of one data set
 Figures = dict[str, Any]  # of a setting
 
 
@@ -98,7 +91,7 @@ PLAN: dict[str, tuple[int, Target | None]] = {  # data sets, and what is asked o
 }
 
 
-def measure(task: tuple[str, int]) -> Row:
+def measure(task: Sequence[Any]) -> Row:
     """Draw a data set (setting, seed), discover what is in it, and compare with the truth."""
     name, seed = task
     data = settings.draw(SETTINGS[name].model_copy(update={"seed": seed}))
@@ -203,52 +196,9 @@ def table(results: dict[str, Figures]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _start() -> None:
-    """Of each process: one thread of BLAS, and no bars of its own across the one that is shown."""
-    threadpool_limits(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-
-
-def run(tasks: list[tuple[str, int]], log: Path) -> list[Row]:
-    """Measure the data sets that `log` does not hold already; it grows row by row, so that nothing is lost."""
-    rows = {(row["setting"], row["seed"]): row for row in finished(log)}
-    write_log(log, list(rows.values()))
-    todo, code = [task for task in tasks if task not in rows], fingerprint()
-    with (
-        log.open("a", encoding="utf-8") as file,
-        multiprocessing.get_context("spawn").Pool(PROCESSES, _start) as pool,
-        progress(total=len(tasks), desc="verdicts", unit="data sets") as bar,
-    ):
-        bar.update(len(tasks) - len(todo))
-        for row in pool.imap_unordered(measure, todo):
-            rows[row["setting"], row["seed"]] = row
-            file.write(json.dumps(row | {"code": code}) + "\n")
-            file.flush()
-            bar.update()
-        pool.close()
-        pool.join()
-    return [rows[task] for task in tasks]
-
-
-def finished(log: Path) -> list[Row]:
-    """The rows of an earlier run that this very code wrote."""
-    rows = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        with suppress(json.JSONDecodeError):  # the last line of a killed run
-            rows.append(json.loads(line))
-    return [row for row in rows if row["code"] == fingerprint()]
-
-
-def write_log(log: Path, rows: list[Row]) -> None:
-    """Make `log` hold these rows."""
-    write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-@cache
-def fingerprint() -> str:
-    """Of all code that decides a row."""
-    sources = (Path(discovery.__file__).parent, Path(config.__file__), Path(settings.__file__), Path(__file__))
-    return content_id(*(content_digest(source) for source in sources))
+def log_of(out: Path) -> Log:
+    """The rows that this very code has measured, beside the results."""
+    return Log(out.with_suffix(".jsonl"), fingerprint((Path(settings.__file__), Path(__file__))))
 
 
 def main() -> None:
@@ -265,11 +215,13 @@ def main() -> None:
     elif planted:
         print(f"{', '.join(planted)}: skipped, there is no {UKP}", file=sys.stderr)
         chosen = [name for name in chosen if name not in planted]
-    log = options.out.with_suffix(".jsonl")
+    log = log_of(options.out)
     # Seeds from 1: 0 is that of coterie's own draws.
-    tasks = [(name, seed) for name in chosen for seed in range(1, (options.datasets or PLAN[name][0]) + 1)]
-    rows = run(tasks, log)
+    tasks = [[name, seed] for name in chosen for seed in range(1, (options.datasets or PLAN[name][0]) + 1)]
+    run((Work(measure, task, log) for task in tasks), "verdicts", "data sets")
 
+    others = log.rows()
+    rows = [others.pop(key(task)) for task in tasks]
     figures = {name: summarise([row for row in rows if row["setting"] == name], PLAN[name][1]) for name in chosen}
     before = json.loads(options.out.read_text(encoding="utf-8"))["settings"] if options.out.is_file() else {}
     results = {
@@ -278,10 +230,7 @@ def main() -> None:
     }
     write_text(options.out, json.dumps(results, indent=1) + "\n")
     print(table(figures))
-    if others := [row for row in finished(log) if (row["setting"], row["seed"]) not in set(tasks)]:
-        write_log(log, others)
-    else:
-        log.unlink()
+    log.hold(others)
 
 
 if __name__ == "__main__":

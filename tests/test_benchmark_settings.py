@@ -1,7 +1,5 @@
 """The benchmark's simulated workers are who they are said to be, and its bookkeeping counts what it says."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -105,13 +103,3 @@ def test_figures_and_targets() -> None:
     lines = verdicts.table({"groups": figures}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "1 / 1 / 8" in lines[2]
-
-
-def test_an_interrupted_run_keeps_what_this_code_has_finished(tmp_path) -> None:
-    log = tmp_path / "verdicts.jsonl"
-    assert verdicts.finished(log) == []
-    mine, stale = (row(1, "coteries") | {"code": code} for code in (verdicts.fingerprint(), "of another version"))
-    verdicts.write_log(log, [mine, stale])
-    with log.open("a") as file:
-        file.write(json.dumps(mine)[:40])
-    assert verdicts.finished(log) == [mine]

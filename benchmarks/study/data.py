@@ -1,0 +1,51 @@
+"""Real preferences as votes, split by prompts: what the stages ingest, encode and embed make of them before anything is learned."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.real import DATA, SOURCES
+from coterie import stages
+from coterie.config import EmbedSettings, EncodeSettings, IngestSettings
+from coterie.contracts import TEST, TRAIN, VALIDATION
+from coterie.discovery import Votes, load_votes
+from coterie.discovery.differences import differences
+from coterie.discovery.features import fit_features
+
+FILES = {name: tuple(DATA / source for source in sources) for name, sources in SOURCES.items()}
+
+
+def available() -> list[str]:
+    """The real data sets that are there: ukpconvarg1 and tldr."""
+    return [name for name, files in FILES.items() if all(file.is_file() for file in files)]
+
+
+def real(name: str, seed: int) -> tuple[Votes, Votes]:
+    """Training votes, and the votes of the same people on other prompts (those of the splits validation and test).
+
+    Features are standardised and reduced on training responses alone, as the stages do under default settings. What the
+    stages made before is not made again; call this once before several processes do.
+
+    Args:
+        name: of `available`.
+        seed: of the split into prompts.
+    """
+    folder = Path(tempfile.gettempdir()) / "coterie-benchmarks" / "study" / name
+    source = [str(file) for file in FILES[name]]
+    for split in {0, seed}:
+        stages.ingest(folder / f"ingest-{split}", IngestSettings(source=source, pseudonyms="none", seed=split))
+    stages.encode(folder / "ingest-0", folder / "encode", EncodeSettings())  # a vector depends on no split
+    comparisons = folder / f"ingest-{seed}" / stages.COMPARISONS
+    vectors = folder / "encode" / stages.VECTORS
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / stages.DIFFERENCES
+        differences(comparisons, vectors, fit_features(comparisons, vectors, EmbedSettings()), path)
+        train, *others = (load_votes(path, split) for split in (TRAIN, VALIDATION, TEST))
+    columns = {
+        column: np.concatenate([getattr(votes, column) for votes in others])
+        for column in ("x", "y", "worker", "prompt")
+    }
+    return train, Votes.of(**columns, n_workers=train.n_workers)
