@@ -92,9 +92,13 @@ PLAN: dict[str, tuple[int, Target | None]] = {  # data sets, and what is asked o
 
 
 def measure(task: Sequence[Any]) -> Row:
-    """Draw a data set (setting, seed), discover what is in it, and compare with the truth."""
+    """Draw a data set (setting, seed), and judge what is discovered in it."""
     name, seed = task
-    data = settings.draw(SETTINGS[name].model_copy(update={"seed": seed}))
+    return {"setting": name, "seed": seed, **judge(settings.draw(SETTINGS[name].model_copy(update={"seed": seed})))}
+
+
+def judge(data: DataSet) -> Row:
+    """Discover what is in a data set, and compare with the truth."""
     started = time.perf_counter()
     found = discover(data.train, EmbedSettings(), ClusterSettings())
     seconds = time.perf_counter() - started
@@ -102,8 +106,6 @@ def measure(task: Sequence[Any]) -> Row:
     careful = (data.people.reliability == 1) & data.train.present
     own = found.mixture.responsibilities_.argmax(axis=1)
     return {
-        "setting": name,
-        "seed": seed,
         "verdict": found.selection.verdict,
         "member": f"{found.selection.member} {found.selection.size}",
         "confidence": found.selection.confidence,

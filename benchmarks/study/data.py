@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +24,34 @@ def available() -> list[str]:
     return [name for name, files in FILES.items() if all(file.is_file() for file in files)]
 
 
+def ready(name: str, seeds: Iterable[int]) -> None:
+    """Ingest under these seeds of the split, and encode; what the stages made before is not made again."""
+    source = [str(file) for file in FILES[name]]
+    for seed in {0, *seeds}:
+        settings = IngestSettings(source=source, pseudonyms="none", seed=seed)
+        stages.ingest(_folder(name) / f"ingest-{seed}", settings)
+    stages.encode(
+        _folder(name) / "ingest-0", _folder(name) / "encode", EncodeSettings()
+    )  # a vector depends on no split
+
+
+def _folder(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / "coterie-benchmarks" / "study" / name
+
+
 def real(name: str, seed: int) -> tuple[Votes, Votes]:
     """Training votes, and the votes of the same people on other prompts (those of the splits validation and test).
 
-    Features are standardised and reduced on training responses alone, as the stages do under default settings. What the
-    stages made before is not made again; call this once before several processes do.
+    Features are standardised and reduced on training responses alone, as the stages do under default settings. Call `ready`
+    before several processes call this.
 
     Args:
         name: of `available`.
         seed: of the split into prompts.
     """
-    folder = Path(tempfile.gettempdir()) / "coterie-benchmarks" / "study" / name
-    source = [str(file) for file in FILES[name]]
-    for split in {0, seed}:
-        stages.ingest(folder / f"ingest-{split}", IngestSettings(source=source, pseudonyms="none", seed=split))
-    stages.encode(folder / "ingest-0", folder / "encode", EncodeSettings())  # a vector depends on no split
-    comparisons = folder / f"ingest-{seed}" / stages.COMPARISONS
-    vectors = folder / "encode" / stages.VECTORS
+    ready(name, [seed])
+    comparisons = _folder(name) / f"ingest-{seed}" / stages.COMPARISONS
+    vectors = _folder(name) / "encode" / stages.VECTORS
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / stages.DIFFERENCES
         differences(comparisons, vectors, fit_features(comparisons, vectors, EmbedSettings()), path)

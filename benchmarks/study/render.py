@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.study import tables
+from benchmarks.study.answer import answer, real_section
 from benchmarks.study.tables import OUT, TABLES, Draw, Figures
 from coterie.contracts import replacing, write_text
 from coterie.report.words import duration, number
@@ -23,6 +24,12 @@ _STYLE = {
     "legend.frameon": False,
 }
 _SIZE = (6.5, 3.6)  # inches
+_INTRODUCTION = (
+    "Written by `python -m benchmarks.study render` from the files of `benchmarks/results/`; each table names the command "
+    "that measures it. All quality is on prompts that nothing was fitted to, every worker counted alike. Pooled is one reward for "
+    "everybody (Bradley-Terry on features); pooled + reliability allows for careless workers as well, and is what tastes have to "
+    "beat. The real data are public and not part of this repository."
+)
 
 
 def write(out: Path = OUT, at: Path = PAGE) -> None:
@@ -37,7 +44,8 @@ def write(out: Path = OUT, at: Path = PAGE) -> None:
 def page(out: Path = OUT) -> str:
     """The page in Markdown."""
     found = [told for name in TABLES if (told := tables.results(name, out)) is not None]
-    return "\n\n".join(["# Results", *(section(told) for told in found)]) + "\n"
+    parts = ["# Results", _INTRODUCTION, answer(found), real_section(), *(section(told) for told in found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def section(told: Figures) -> str:
