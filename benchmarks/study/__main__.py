@@ -7,6 +7,7 @@ from math import inf
 from pathlib import Path
 
 import benchmarks.study
+from benchmarks.rows import PROCESSES
 from benchmarks.study import render
 from benchmarks.study.measuring import measure
 from benchmarks.study.tables import OUT, TABLES
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=inf, help="begin nothing after these; what is missing stays so"
     )
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="that measure side by side")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     options = parser.parse_args()
     if unknown := set(options.tables) - {*TABLES, "render"}:
@@ -31,7 +33,8 @@ def main() -> None:
     elif "render" in options.tables:
         parser.error("render stands alone")
     else:
-        measure(options.tables or list(TABLES), options.full, 60 * options.minutes, options.out)
+        names = options.tables or list(TABLES)
+        measure(names, options.full, options.out, 60 * options.minutes, options.processes)
 
 
 if __name__ == "__main__":

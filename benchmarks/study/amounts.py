@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ RECOVERED = 0.9  # of what the oracle gains, from which groups count as served
 
 def tasks(full: bool) -> list[Task]:
     """[workers, comparisons of each, seed]."""
-    cells = [(w, c) for w in WORKERS for c in COMPARISONS]
+    cells = sorted(((w, c) for w in WORKERS for c in COMPARISONS), key=prod)  # the quick ones first
     if full:
         return [[w, c, seed] for w, c in cells for seed in range(1, 11 if w * c <= _FEW else 4)]
     return [[w, c, seed] for w, c in cells if w * c <= _HOUR for seed in range(1, 4 if w * c <= _FEW else 2)]

@@ -93,13 +93,11 @@ def _failures(summary: Figures | None) -> list[str]:
     if summary is None:
         return []
     said = [
-        f"{name} {points(figures['naive']['accuracy'])} (coterie {points(figures['ours']['accuracy'])}; caught in "
-        f"{figures['caught_by_any']} of {figures['data_sets']})"
+        f"{name} {points(figures['naive']['accuracy'])} (coterie {points(figures['ours']['accuracy'])}; warned of in "
+        f"{figures['caught_by_any']} of {figures['data_sets']} data sets)"
         for name, figures in summary["failures"].items()
     ]
-    return [
-        f"**Groups made without asking whether there are any**, in points of accuracy against one pooled reward: {'; '.join(said)}."
-    ]
+    return [f"**Groups made without asking**, in points of accuracy against one pooled reward: {'; '.join(said)}."]
 
 
 def _policies(summary: Figures | None) -> list[str]:

@@ -51,8 +51,8 @@ def tasks(full: bool) -> list[Task]:
     )
     if not UKP.is_file():
         simulated = [name for name in simulated if SETTINGS[name].setting != "planted"]
-    drawn: list[Task] = [[name, seed] for name in simulated for seed in range(1, 11 if full else 5)]
-    return [[name, seed] for name in data.available() for seed in range(_SPLITS if full else 3)] + drawn
+    drawn: list[Task] = [[name, seed] for seed in range(1, 11 if full else 5) for name in simulated]
+    return [[name, seed] for seed in range(_SPLITS if full else 3) for name in data.available()] + drawn
 
 
 def prepare() -> None:

@@ -2,7 +2,7 @@
 
 Poor clusters, too little data and over-clustering, and what else passes for groups. Each is a kind of annotators among whom a
 pipeline that asks nothing (benchmarks/study/naive.py) makes groups all the same. Beside it, coterie on the same votes, and what each
-of its diagnostics says of the naive pipeline's groups.
+of its diagnostics says of the naive pipeline's groups. Where that pipeline happens to be right, none should say anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from coterie import simulation
 from coterie.discovery.discover import LEVEL
 from coterie.discovery.stability import STABLE
 from coterie.report.drawing import COLOURS
-from coterie.report.words import interval, points, share
+from coterie.report.words import interval, points, share, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ DATA: tuple[Path, ...] = ()
 
 CATCHES = {  # by what each diagnostic says that the naive pipeline's groups are none, or that nobody knows
     "the test": "does not reject one taste",
-    "half-split ARI": f"below {STABLE:g}: two halves of the votes do not agree on the groups",
+    "half-split ARI": f"below {STABLE:g}: k-means of two halves of the votes, on joint embeddings, does not find the same groups",
     "gates": "most groups' rewards do not surely beat everybody's",
     "the choice of K": "another number of coteries than the naive pipeline's",
 }
@@ -45,7 +45,7 @@ CATCHES = {  # by what each diagnostic says that the naive pipeline's groups are
 
 def tasks(full: bool) -> list[Task]:
     """[failure, seed]."""
-    return [[name, seed] for name in FAILURES for seed in range(1, 21 if full else 9)]
+    return [[name, seed] for seed in range(1, 21 if full else 7) for name in FAILURES]
 
 
 def prepare() -> None:
@@ -99,9 +99,12 @@ def summary(rows: list[Row]) -> Figures:
             "caught_by_any": sum(any(one.values()) for one in warned),
         }
         told[name] = figures
-        targets[f"{name}: caught by a diagnostic in every data set"] = figures["caught_by_any"] == len(its)
-        low = figures["ours"]["log_loss"]["low"]
-        targets[f"{name}: what is shipped is not worse than pooled beyond the interval"] = low is not None and low <= 0
+        if failure.control:
+            targets[f"{name}: no diagnostic gives warning in most data sets"] = 2 * figures["caught_by_any"] <= len(its)
+        else:
+            targets[f"{name}: caught by a diagnostic in every data set"] = figures["caught_by_any"] == len(its)
+        if (low := figures["ours"]["log_loss"]["low"]) is not None:
+            targets[f"{name}: what is shipped is not worse than pooled beyond the interval"] = low <= 0
     return {"failures": told, "targets": targets}
 
 
@@ -161,7 +164,7 @@ def markdown(summary: Figures) -> str:
             "The naive pipeline: each worker's taste by itself, k-means into the number of groups that it is told, a reward for "
             "each group from its own votes; no test, no choice, no reliability, no gate. Differences to plain pooled on held-out "
             "prompts, log-loss in thousandths of a nat (negative is better) and accuracy in points, with intervals of 95 % over "
-            "data sets. The oracle is told the truth.",
+            "data sets. The oracle is told the truth. In the last row nothing is wrong, and no diagnostic should give warning.",
             picture(
                 "failures", "Held-out log-loss of the naive pipeline and of coterie, less that of one pooled reward"
             ),
@@ -196,7 +199,7 @@ def markdown(summary: Figures) -> str:
 
 
 def _told(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else signed(value, 2).removeprefix("+")
 
 
 def plots(summary: Figures) -> dict[str, Draw]:

@@ -38,11 +38,13 @@ class Failure:
         settings: the annotators.
         groups: the number of groups that the naive pipeline is told.
         why: what is wrong with that, in words.
+        control: that nothing is wrong with it, so that no diagnostic should give warning.
     """
 
     settings: FeatureSettings
     groups: int
     why: str
+    control: bool = False
 
 
 FAILURES = {
@@ -64,6 +66,12 @@ FAILURES = {
     ),
     "over-clustering": Failure(
         FeatureSettings(setting="groups", groups=2, workers=200, comparisons_per_worker=60), 8, "two groups"
+    ),
+    "no failure": Failure(
+        FeatureSettings(setting="groups", workers=200, comparisons_per_worker=100),
+        4,
+        "four groups, and K as it is",
+        True,
     ),
 }
 

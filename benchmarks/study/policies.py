@@ -35,7 +35,7 @@ def tasks(full: bool) -> list[Task]:
     """[setting, seed]."""
     simulated = [name for name in SETTINGS if not name.startswith(("small", "planted"))]
     chosen = simulated if full else ["groups", "groups-2", "continuous", "null"]
-    return [[name, seed] for name in chosen for seed in range(1, 21 if full else 6)]
+    return [[name, seed] for seed in range(1, 21 if full else 6) for name in chosen]
 
 
 def prepare() -> None:

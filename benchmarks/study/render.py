@@ -55,7 +55,7 @@ def section(told: Figures) -> str:
     lines = [
         f"## {table.TITLE}",
         f"`{told['command']}` · [{told['table']}.json](../benchmarks/results/study/{told['table']}.json) · "
-        f"{rows} · {duration(told['seconds'])} of one core · revision {told['revision'] or 'unknown'}",
+        f"{rows} · {duration(told['seconds'])} of processor time · revision {told['revision'] or 'unknown'}",
         table.markdown(summary),
     ]
     if summary["targets"]:

@@ -44,7 +44,7 @@ class Table(Protocol):
         """The figures of one task, in JSON's own types; decided by the task and the code alone."""
 
     def summary(self, rows: list[Row]) -> Figures:
-        """What the page says, with intervals; `rows` have their "task" and "seconds" as well.
+        """What the page says, with intervals; `rows` have their "task" and "seconds" (of processor time) as well.
 
         Under "targets": each demand in words, and whether it is met.
         """
