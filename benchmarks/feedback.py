@@ -3,8 +3,9 @@
 python -m benchmarks.feedback [--seconds 10] [--postgres URL]
 
 The server runs on one core, the clients on another. Every request holds 20 comparisons of its own, committed and synced before
-it is answered; "singly" sends one a request, beside the rate of a handler that stores nothing. The lag is that of single
-votes at a quiet rate, from the commit to a profile in Feast's SQLite store, with a real bundle's mixture.
+it is answered; "singly" sends one a request. Beside it, on the same core: KServe's empty transformer, whose predictor is with
+the clients on the other core; and a bare handler that reads the body and stores nothing. The lag is that of single votes at a
+quiet rate, from the commit to a profile in Feast's SQLite store, with a real bundle's mixture.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import orjson
 from fastapi import FastAPI, Request, Response
 
+from benchmarks.serving import MODEL, free_port, process, wait_until_ready
 from coterie.contracts import write_text
 
 RESULTS = Path(__file__).parent / "results" / "feedback.json"
@@ -75,17 +77,17 @@ def serve(url: str, folder: Path) -> None:
     uvicorn.run(app, host="127.0.0.1", port=_PORT, log_level="error", access_log=False)
 
 
-def load(path: str, many: int, seconds: float, tag: str) -> dict[str, float]:
-    """Send from several connections for so long; comparisons acknowledged a second, and milliseconds a request."""
+def load(path: str, many: int, seconds: float, tag: str, port: int = _PORT) -> dict[str, float]:
+    """Send from several connections for so long; comparisons answered a second, and milliseconds a request."""
     latencies: list[float] = []
     turn, until = threading.Lock(), time.monotonic() + seconds
 
     def client(number: int) -> None:
         own, n = [], 0
-        link = HTTPConnection("127.0.0.1", _PORT, timeout=60)  # httpx would take more time than the server
+        link = HTTPConnection("127.0.0.1", port, timeout=60)  # httpx would take more time than the server
         while time.monotonic() < until:
             votes = [vote(f"{tag} {number} {n} {i}", f"worker {(number * 7 + n + i) % 500}") for i in range(many)]
-            body = orjson.dumps({"comparisons": votes})
+            body = orjson.dumps({"comparisons" if port == _PORT else "instances": votes})
             started = time.monotonic()
             link.request("POST", path, body, {"content-type": "application/json"})
             answer = link.getresponse()
@@ -138,6 +140,22 @@ def lag(seconds: float) -> dict[str, float]:
     return {"votes": total, "p95_below": within, "mean": (after["sum"] - before["sum"]) / total}
 
 
+def empty_transformer(seconds: float) -> dict[str, float]:
+    """KServe's own transformer that adds nothing, on the server's core; its predictor is on the clients'."""
+    cores, (port, predictor) = sorted(os.sched_getaffinity(0)), (free_port(), free_port())
+    command = [sys.executable, "-m", "benchmarks.serving", "--reference"]
+    asks = ["--model_name", MODEL, "--predictor_host", f"127.0.0.1:{predictor}", "--enable_grpc", "false"]
+    with (
+        process(*command, "predictor", "--http_port", str(predictor)) as behind,
+        process(*command, "transformer", "--http_port", str(port), *asks) as server,
+    ):
+        for one, of, core in ((behind, predictor, cores[-1]), (server, port, cores[0])):
+            wait_until_ready(one, of)
+            for task in Path(f"/proc/{one.pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), [core])
+        return load(f"/v1/models/{MODEL}:predict", 1, seconds, "", port)
+
+
 def measure(url: str, folder: Path, seconds: float) -> dict[str, Any]:
     """All figures of one database."""
     cores = sorted(os.sched_getaffinity(0))
@@ -157,9 +175,9 @@ def measure(url: str, folder: Path, seconds: float) -> dict[str, Any]:
         tag = str(time.time_ns())
         return {
             "lag": lag(seconds),
-            "empty, singly": load("/empty", 1, seconds, tag),
+            "bare handler, singly": load("/empty", 1, seconds, tag),
             "singly": load("/v1/feedback", 1, seconds, f"{tag} one"),
-            "empty, twenty": load("/empty", _MANY, seconds, tag),
+            "bare handler, twenty": load("/empty", _MANY, seconds, tag),
             "twenty": load("/v1/feedback", _MANY, seconds, f"{tag} many"),
         }
     finally:
@@ -194,10 +212,16 @@ def main(seconds: float, postgres: str | None, as_server: bool, folder: Path | N
                 "python": platform.python_version(),
                 "fdatasync_a_second": fsyncs(root),
             },
+            "empty transformer, singly": empty_transformer(seconds),
             "sqlite": measure(f"sqlite:///{root / 'feedback.db'}", root, seconds),
         }
         if postgres:
             results["postgresql"] = measure(postgres, root, seconds)
+        for database in results.keys() & {"sqlite", "postgresql"}:
+            alone, reference = (
+                of["a_second"] for of in (results[database]["singly"], results["empty transformer, singly"])
+            )
+            results[database]["singly_ratio"] = alone / reference
     print(json.dumps(results, indent=1))
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 

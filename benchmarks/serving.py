@@ -1,6 +1,6 @@
 """Serving beside its references: the router beside KServe's empty transformer, heads beside one reward, batches beside offline.
 
-    python -m benchmarks.serving [--bundle demo/bundle] [--seconds 10] [--rounds 3] [--out benchmarks/results/serving.json]
+    python -m benchmarks.serving [--bundle demo-policy/bundle] [--only router] [--seconds 10] [--rounds 3]
 
 Router (needs redis-server): both stand before the same trivial predictor, on KServe's own server; the load comes from another
 process over keep-alive connections. A fifth of the requests names a worker who was not asked for before, out of Redis; the
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +38,12 @@ from typing import Any
 
 import numpy as np
 
+from coterie.contracts import write_text
+
 ROOT = Path(__file__).parents[1]
 MODEL, KEY = "coterie", "a key of this benchmark"
 HOT, COLD, COTERIES = 100, 50_000, 4
+PARTS = ("router", "adapters", "heads", "batches")
 _PATH = f"/v1/models/{MODEL}:predict"
 
 
@@ -400,17 +403,22 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="of which heads and batches are measured")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="results of the others are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "serving.json")
     given = parser.parse_args()
-    results: dict[str, Any] = {"machine": {"cores": os.cpu_count(), "python": platform.python_version()}}
-    results["router"] = compare_routers(given.seconds, given.rounds)
-    results["adapters"] = compare_adapters(given.rounds)
+    results: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    results["machine"] = {"cores": os.cpu_count(), "python": platform.python_version()}
+    compare: dict[str, Callable[[], dict[str, Any]]] = {
+        "router": lambda: compare_routers(given.seconds, given.rounds),
+        "adapters": lambda: compare_adapters(given.rounds),
+    }
     if given.bundle is not None:
-        results["heads"] = compare_heads(given.bundle, given.rounds)
-        results["batches"] = compare_batches(given.bundle, given.rounds)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+        compare["heads"] = lambda: compare_heads(given.bundle, given.rounds)
+        compare["batches"] = lambda: compare_batches(given.bundle, given.rounds)
+    for part in (part for part in given.only if part in compare):
+        results[part] = compare[part]()
+        print(json.dumps({part: results[part]}, indent=1), flush=True)
+        write_text(given.out, json.dumps(results, indent=1) + "\n")  # a later part may fail
     return None
 
 

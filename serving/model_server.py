@@ -165,6 +165,8 @@ def model_server(
             finally:
                 for task in tasks:
                     task.cancel()
+                if router is not None:
+                    await router.close()
                 if calls is not None:
                     await calls.stop(settings.grace_seconds)
 

@@ -17,8 +17,11 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import grpc
 import httpx
+import orjson
+from kserve import InferResponse
 from kserve.constants.constants import PredictorProtocol
 
 from coterie.config import ServeSettings
@@ -37,6 +40,7 @@ from coterie.ingest.pseudonyms import fingerprint, pseudonym
 from coterie.routing import Profile, ProfileSource, choose, fall_back, policy_of, route
 from coterie.uplift import holdout
 from serving import tensors
+from serving.asking import Refusal, RemotePredictor
 from serving.doors import REQUEST_ID
 from serving.failures import Failure, Overloaded, TooLate, Unavailable
 from serving.metrics import ANSWERS, ENTROPY, FALLBACKS
@@ -50,6 +54,7 @@ log = logging.getLogger("coterie.serving")
 _MANIFEST_SECONDS = 30.0  # between two looks at which bundle the predictor serves
 _RETRY_SECONDS = 0.5
 _UNSETTLED_SECONDS = 5.0
+_V1 = PredictorProtocol.REST_V1.value
 
 
 class Router(Model):
@@ -88,6 +93,7 @@ class Router(Model):
         self._max_age = timedelta(days=self._settings.profile_max_age_days)
         self._key_fingerprint = fingerprint(key) if key else None
         self._seen: Manifest | None = None  # of a predictor elsewhere
+        self._remote: RemotePredictor | None = None
         self.ready = True  # KServe registers no other; `healthy` says whether it is
 
     @property
@@ -160,27 +166,43 @@ class Router(Model):
         """Ask the predictor. Raises Overloaded, TooLate, or Unavailable where it does not answer."""
         if self.predictor is not None:
             return await self.predictor.predict(payload)
-        protocol = self.predictor_config.protocol
         passed = {"x-request-id": REQUEST_ID.get() or "none"}
         if headers and "authorization" in headers:
             passed["authorization"] = headers["authorization"]
-        asked: Any = payload.model_dump()
-        if protocol != PredictorProtocol.REST_V1.value:
-            asked = tensors.write_request(self.name, payload, binary=protocol == PredictorProtocol.GRPC_V2.value)
         try:
-            answer = await asyncio.wait_for(super().predict(asked, passed), self._settings.request_seconds)
-            if protocol != PredictorProtocol.REST_V1.value:
-                return tensors.read_response(answer)
-            return PredictResponse.model_validate(answer).predictions
+            return await self._ask(payload, passed)
         except TimeoutError:
             raise TooLate(f"The predictor took longer than {self._settings.request_seconds:g} s.") from None
-        except httpx.HTTPStatusError as error:
-            raise _said(error.response.status_code, error.response.headers.get("retry-after")) from error
+        except Refusal as error:
+            raise _said(error.status, error.retry_after) from error
         except grpc.RpcError as error:
             raise _said(_HTTP.get(error.code(), 500), None) from error
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             log.error("the predictor does not answer: %s: %s", type(error).__name__, error)
             raise Unavailable("The predictor does not answer.", retry_after=1) from error
+
+    async def _ask(self, payload: RoutedRequest, passed: dict[str, str]) -> list[Prediction]:
+        """Ask a predictor elsewhere, in the protocol that KServe's arguments name."""
+        protocol = self.predictor_config.protocol
+        if protocol == PredictorProtocol.GRPC_V2.value:
+            tensor = tensors.write_request(self.name, payload, binary=True)
+            answer = await asyncio.wait_for(super().predict(tensor, passed), self._settings.request_seconds)
+            return tensors.read_response(answer)
+        if self._remote is None:
+            path = f"v1/models/{self.name}:predict" if protocol == _V1 else f"v2/models/{self.name}/infer"
+            url = f"{self.predictor_config.predictor_base_url}/{path}"
+            self._remote = RemotePredictor(url, self._settings.request_seconds)
+        if protocol == _V1:
+            said = await self._remote.ask(payload.model_dump_json().encode(), passed)
+            return PredictResponse.model_validate_json(said).predictions
+        document, _ = tensors.write_request(self.name, payload, binary=False).to_rest()
+        said = await self._remote.ask(orjson.dumps(document), passed)
+        return tensors.read_response(InferResponse.from_bytes(said, len(said)))
+
+    async def close(self) -> None:
+        """End the connections to a predictor elsewhere."""
+        if self._remote is not None:
+            await self._remote.close()
 
     async def postprocess(
         self, result: list[Prediction], headers: dict[str, str] | None = None, response_headers: Any = None

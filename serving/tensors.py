@@ -68,8 +68,7 @@ def read_request(request: InferRequest, tensors: dict[str, tuple[str, list[int]]
 
 
 def write_request(name: str, request: RoutedRequest, binary: bool) -> InferRequest:
-    """A router's request as tensors: `binary` for gRPC; for KServe's REST client as JSON, as it sends two content types with
-    binary ones."""
+    """A router's request as tensors: `binary` for gRPC, else as JSON."""
     asked = request.instances
     columns: dict[str, tuple[str, list[Any]]] = {
         "prompt": ("BYTES", [one.prompt for one in asked]),

@@ -166,6 +166,12 @@ def test_adapters_share_a_batch_and_score_only_what_they_are_asked(everybody):
     backbone.register_forward_hook(lambda module, inputs, output: passes.append(len(output[0])))
     scores = rewards.of_states(rewards.states(prompts, responses, wanted))
     assert passes == [6]
+    # With enough to do, an adapter has passes of its own, which mixing would only slow down.
+    prompts, responses = prompts * 3, [f"{i}{text}" for i in range(3) for text in responses]
+    wanted = dict(zip(names, np.tile(np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], bool), 3), strict=True))
+    passes.clear()
+    scores = rewards.of_states(rewards.states(prompts, responses, wanted))
+    assert passes == [12, 6]
     for name, rows in wanted.items():
         alone = AdapterRewards.load({name: everybody[0] / name}, "cpu").score(prompts, responses)[name]
         np.testing.assert_allclose(scores[name][rows], alone[rows], atol=1e-5)

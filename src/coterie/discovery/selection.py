@@ -25,7 +25,7 @@ from coterie.discovery.votes import Array, Votes, VoteSet, random_workers
 from coterie.progress import progress
 
 POOLED_PRECISIONS = (1.0, 10.0, 100.0)
-_WEAKEST_PRECISION = 1e-3  # that is tried where each weaker one of these is noticeably better
+_PRECISION_LIMITS = 1e-3, 1e5  # that are tried where each weaker, or stronger, one is noticeably better
 RELIABILITY_VARIANCES = (0.003, 0.03, 0.25, 1.0)
 COTERIE_PRECISIONS = (30.0, 100.0, 300.0)
 BASIS_PRECISIONS = (30.0, 300.0, 3000.0)
@@ -57,6 +57,33 @@ def split_groups(votes: Votes) -> tuple[Array, str]:
     return pair, "pair"
 
 
+def item_splits(votes: Votes, repeats: int, seed: int) -> tuple[list[Array], str]:
+    """Which votes to hold out, `repeats` times [n] bool, and what is held out whole: the "prompt" or the "pair"; no split and
+    "none" where there is nothing to hold out."""
+    groups, unit = split_groups(votes)
+    if len(np.unique(groups)) < 2:
+        return [], "none"
+    rows = []
+    for _, judge in GroupShuffleSplit(repeats, test_size=_HELD_OUT, random_state=seed).split(votes.y, groups=groups):
+        mask = np.zeros(len(votes), bool)
+        mask[judge] = True
+        rows.append(mask)
+    return rows, unit
+
+
+def mean_losses(rewards: Sequence[Reward], judges: Sequence[Votes]) -> Array:
+    """Log-loss of each worker, averaged over the splits that hold some of their votes out; NaN where none does.
+
+    Args:
+        rewards: fitted on the rest of each split.
+        judges: what each split holds out.
+    """
+    losses = np.array([reward.losses(judge) for reward, judge in zip(rewards, judges, strict=True)])
+    seen = np.isfinite(losses)
+    total = np.where(seen, losses, 0).sum(axis=0)
+    return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.nan)
+
+
 def sample_of(votes: VoteSet, seed: int) -> Votes:
     """What choices are made on: all votes, or where they or the workers are very many those of workers drawn at random, in
     memory."""
@@ -85,16 +112,7 @@ class HeldOut:
 
     def __init__(self, votes: Votes, repeats: int, seed: int) -> None:
         self.votes, self.seed = votes, seed
-        self.rows: list[Array] = []
-        groups, self.unit = split_groups(votes)
-        if len(np.unique(groups)) > 1:
-            shuffle = GroupShuffleSplit(repeats, test_size=_HELD_OUT, random_state=seed)
-            for _, judge in shuffle.split(votes.y, groups=groups):
-                mask = np.zeros(len(votes), bool)
-                mask[judge] = True
-                self.rows.append(mask)
-        else:
-            self.unit = "none"
+        self.rows, self.unit = item_splits(votes, repeats, seed)
         self.splits = [(votes.subset(~mask), votes.subset(mask)) for mask in self.rows]
         self.precision, self.reliability_variance = 10.0, 0.25
         self._choose_priors()
@@ -105,13 +123,15 @@ class HeldOut:
             return
         loss = {p: self._loss(p) for p in POOLED_PRECISIONS}
         self.precision = min(loss, key=lambda p: loss[p])
-        # Where a reward separates the votes, only the prior bounds it; other members would seem better for being freer.
-        while self.precision == min(loss) > _WEAKEST_PRECISION:
-            weaker = self.precision / 10
-            loss[weaker] = self._loss(weaker)
-            if loss[self.precision] - loss[weaker] < _NOTICEABLE:
-                break
-            self.precision = weaker
+        # Where a reward separates the votes, only the prior bounds it; other members would seem better for being freer. Where
+        # it learns prompts by heart, of which there are few with many votes each, a stronger prior gains more than any taste.
+        for edge, factor in ((min, 10.0), (max, 0.1)):
+            while self.precision == edge(loss) and _PRECISION_LIMITS[0] < self.precision < _PRECISION_LIMITS[1]:
+                further = self.precision / factor
+                loss[further] = self._loss(further)
+                if loss[self.precision] - loss[further] < _NOTICEABLE:
+                    break
+                self.precision = further
         tried = {v: self._bases(self.precision, v) for v in RELIABILITY_VARIANCES}
         self.reliability_variance = min(tried, key=lambda v: float(np.nanmean(self.losses(tried[v]))))
         self.bases = tried[self.reliability_variance]
@@ -128,10 +148,7 @@ class HeldOut:
 
     def losses(self, rewards: Sequence[Reward]) -> Array:
         """Log-loss of each worker, averaged over the splits that hold some of their votes out; NaN where none does."""
-        losses = np.array([reward.losses(judge) for reward, (_, judge) in zip(rewards, self.splits, strict=True)])
-        seen = np.isfinite(losses)
-        total = np.where(seen, losses, 0).sum(axis=0)
-        return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.nan)
+        return mean_losses(rewards, [judge for _, judge in self.splits])
 
     def base(self, votes: VoteSet) -> ReliabilityReward:
         """Pooled + reliability under the chosen priors, fitted to all of some votes."""

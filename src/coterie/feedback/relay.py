@@ -37,7 +37,7 @@ UNPUBLISHED = Gauge(
 )
 
 _AT_ONCE, _MOST_NEWS = 256, 10_000  # workers of a round, rows of the outbox that it looks at
-_REST = 2.0  # pause after a round, in times of what it took
+_REST, _LONGEST_REST = 3.0, 10.0  # pause after a round in times of what it took, and in seconds
 _EVERY = 0.5  # seconds between two looks, for what other routers stored and did not finish
 _LONGEST_WAIT = 5.0  # seconds between two attempts
 _ASIDE = 60.0  # seconds for which a worker who cannot be done is left aside
@@ -100,7 +100,7 @@ class Relay:
     def __init__(self, database: Database, published: Published | None, infer: Infer, push: Push) -> None:
         self._database, self._published, self._infer, self._push = database, published, infer, push
         self._next: deque[tuple[Published | None, Infer, Push]] = deque()
-        self._wake, self._closed = threading.Event(), False
+        self._wake, self._closed = threading.Event(), threading.Event()
         self._aside: dict[str, float] = {}
         self._thread: threading.Thread | None = None
 
@@ -120,14 +120,14 @@ class Relay:
 
     def close(self) -> None:
         """End after the round that is under way; what is left stays in the outbox."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
         replayed, wait = False, _EVERY
-        while not self._closed:
+        while not self._closed.is_set():
             self._wake.clear()
             started = time.monotonic()
             while self._next:
@@ -139,7 +139,7 @@ class Relay:
                     replayed = True
                 if self.round():
                     # Votes are acknowledged by the same processor: it is theirs for most of the time.
-                    time.sleep(min(_REST * (time.monotonic() - started), _EVERY))
+                    self._closed.wait(min(_REST * (time.monotonic() - started), _LONGEST_REST))
                 else:
                     self._wake.wait(_EVERY)
                 wait = _EVERY
@@ -147,7 +147,7 @@ class Relay:
                 known = isinstance(error, BackendUnavailable)
                 log.warning("feedback waits in the outbox: %s", error, exc_info=not known)
                 wait = min(2 * wait, _LONGEST_WAIT)
-                time.sleep(wait)
+                self._closed.wait(wait)
 
     def replay(self) -> int:
         """Put everybody into the outbox whose profile was not made on top of this publication; return how many."""

@@ -47,6 +47,7 @@ from coterie.rewards.scored import ScoredResponses, has_adapter
 # PEFT's names.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HEAD_WEIGHT = "base_model.model.score.weight"
+_ALONE = 8  # responses for which LoRA weights get batches of their own
 
 
 class AdapterRewards:
@@ -118,19 +119,20 @@ class AdapterRewards:
         for name, rows in wanted.items():
             lora = self._reads[name]
             asked[lora] = asked.get(lora, False) | rows
-        tokens, loras, at = [], [], {}
-        for lora, rows in asked.items():
-            at[lora] = np.flatnonzero(rows)
-            asks, answers = ([of[row] for row in at[lora].tolist()] for of in (prompts, responses))
-            tokens += tokenized(self._tokenizer, asks, answers, self._told[lora]["max_tokens"])[0]
-            loras += [lora] * len(at[lora])
-        with self._lock, self._mixed(loras) as forward:
-            read = last_states(self._model.get_base_model(), tokens, forward)
-        by_lora, end = {}, 0
-        for lora, rows in at.items():
-            start, end = end, end + len(rows)
-            by_lora[lora] = np.full((len(prompts), read.shape[1]), np.nan, dtype=read.dtype)
-            by_lora[lora][rows] = read[start:end]
+        by_lora: dict[str, Array] = {}
+        for together in _batched({lora: int(rows.sum()) for lora, rows in asked.items()}):
+            tokens, loras = [], []
+            for lora in together:
+                at = np.flatnonzero(asked[lora]).tolist()
+                asks, answers = ([of[row] for row in at] for of in (prompts, responses))
+                tokens += tokenized(self._tokenizer, asks, answers, self._told[lora]["max_tokens"])[0]
+                loras += [lora] * len(at)
+            with self._lock, self._mixed(loras) as forward:
+                read = last_states(self._model.get_base_model(), tokens, forward)
+            of_row = np.array(loras)
+            for lora in together:
+                by_lora[lora] = np.full((len(prompts), read.shape[1]), np.nan, dtype=read.dtype)
+                by_lora[lora][asked[lora]] = read[of_row == lora]
         return {name: by_lora[self._reads[name]] for name in wanted}
 
     @contextmanager
@@ -163,6 +165,13 @@ class AdapterRewards:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Array]:
         """Calibrated scores [n] of responses by each reward. The composition of a batch does not matter."""
         return self.of_states(self.states(prompts, responses))
+
+
+def _batched(responses: Mapping[str, int]) -> list[list[str]]:
+    """Which LoRA weights share their batches, by the number of responses of each: mixing costs a sixth more, few a pass more."""
+    alone = [[lora] for lora, number in responses.items() if number >= _ALONE]
+    mixed = [lora for lora, number in responses.items() if number < _ALONE]
+    return [*alone, mixed] if mixed else alone
 
 
 def train_adapter(
