@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from typing import Any
 import click
 import yaml
 from kfp.pipeline_spec.pipeline_spec_pb2 import ParameterType
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 from coterie.errors import BackendUnavailable, BadConfiguration, RunFailed
 from coterie.options import InWords
@@ -32,6 +34,8 @@ PIPELINES = {"coteries": (coteries.coteries, coteries.compile_to), "refresh": (r
 """Each pipeline, and what compiles it."""
 
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}$")
+_ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
+_EVERY, _AWAY = 5.0, 120.0  # seconds between two looks at a run, and that Kubeflow may be away
 TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # of kfp: where a projected service account token lies
 
 
@@ -133,19 +137,31 @@ def start(
 
 
 def await_run(client: Any, run: str, seconds: int) -> None:
-    """Wait for a run to end well.
+    """Wait for a run to end well; Kubeflow may be away for two minutes meanwhile.
 
     Raises:
         RunFailed: it ended otherwise, or not within `seconds`; the message says which step failed and what it said.
-        BackendUnavailable: Kubeflow does not answer.
+        BackendUnavailable: Kubeflow does not answer, or refuses.
     """
-    with _said_in_words(run):
-        try:
-            ended = client.wait_for_run_completion(run, seconds)
-        except TimeoutError:
-            raise RunFailed(f"the run {run} has not ended in {seconds} s; it goes on, see the Kubeflow UI") from None
-    if ended.state != "SUCCEEDED":
-        raise RunFailed(f"the run {run} has {str(ended.state).lower()}: {_failures(ended)}")
+    until = time.monotonic() + seconds
+
+    @retry(retry=retry_if_exception(_passes), stop=stop_after_delay(_AWAY), wait=wait_fixed(_EVERY), reraise=True)
+    def look() -> Any:
+        with _said_in_words(run):
+            return client.get_run(run)
+
+    while (seen := look()).state not in _ENDED:
+        if time.monotonic() > until:
+            raise RunFailed(f"the run {run} has not ended in {seconds} s; it goes on, see the Kubeflow UI")
+        time.sleep(_EVERY)
+    if seen.state != "SUCCEEDED":
+        raise RunFailed(f"the run {run} has {str(seen.state).lower()}: {_failures(seen)}")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether to ask again helps."""
+    status = getattr(error.__cause__, "status", None)
+    return isinstance(error, BackendUnavailable) and (status is None or status >= 500)
 
 
 def _versions(client: Any, identity: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ class Kubeflow(ThreadingHTTPServer):
         self.runs: list[dict] = []
         self.ended = {"state": "SUCCEEDED"}
         self.refuses = False
+        self.away = 0  # looks at a run that are not answered
 
     @property
     def url(self) -> str:
@@ -60,6 +61,9 @@ class Handler(JsonHandler):
             self.answer({"pipeline_versions": page} | more)
         elif path == "experiments":
             self.answer({"experiments": [{"experiment_id": "e-1", "display_name": "coterie"}]})
+        elif path.startswith("runs/") and self.server.away:
+            self.server.away -= 1
+            self.answer({"error": "database is away"}, 500)
         elif path.startswith("runs/"):
             self.answer({"run_id": path.removeprefix("runs/")} | self.server.ended)
         else:
@@ -189,6 +193,20 @@ def test_a_run_of_the_newest_version_is_started_and_awaited(kubeflow):
         "pipeline_version_id": kubeflow.versions[refresh][-1]["pipeline_version_id"],
     }
     assert run["runtime_config"]["parameters"] == {"run": "s3://runs/first", "always": True}
+
+
+def test_a_run_is_awaited_while_kubeflow_is_away_for_a_while(kubeflow, monkeypatch):
+    monkeypatch.setattr(upload, "_EVERY", 0.01)
+    client, kubeflow.away = upload._client(kubeflow.url, None), 3
+    upload.await_run(client, "r-1", 5)
+    assert kubeflow.away == 0
+    monkeypatch.setattr(upload, "_AWAY", 0.1)
+    kubeflow.away = 1000
+    with pytest.raises(BackendUnavailable, match=r"answers 500.*database is away"):
+        upload.await_run(client, "r-1", 5)
+    kubeflow.away, kubeflow.ended = 0, {"state": "RUNNING"}
+    with pytest.raises(RunFailed, match="has not ended in 0 s"):
+        upload.await_run(client, "r-1", 0)
 
 
 def test_a_run_that_fails_says_which_step_and_why(kubeflow):

@@ -249,8 +249,9 @@ def check_answers(said: dict[str, Any]) -> None:
     """Known workers are scored by their coterie, strangers by everybody's reward, and gRPC says the same."""
     known = said["known"]
     see(all(one["source"] == "profile" for one in known), f"{len(known)} known workers are scored by profile")
-    see(len({one["coterie"] for one in known}) == 2, "they are of two coteries, whose scores differ")
-    see(len({tuple(one["scores"]) for one in known}) >= 2, f"as {known[0]['scores']} for coterie {known[0]['coterie']}")
+    of_coteries = {one["coterie"]: one["scores"] for one in known}
+    see(len(of_coteries) >= 2, f"they are of {len(of_coteries)} coteries")
+    see(len({tuple(scores) for scores in of_coteries.values()}) >= 2, f"whose scores differ: {of_coteries}")
     see(said["unknown"]["source"] == "global", f"a stranger is scored globally: {said['unknown']['reason']}")
     see(said["new"]["source"] == "comparisons", "a new person is placed by three comparisons in the request")
     near = max(abs(a - b) for a, b in zip(said["grpc"], known[0]["scores"], strict=True))
@@ -325,6 +326,16 @@ def everything(cluster: Cluster, without: list[str], rate: int) -> None:
             say(f"{pod} was deleted, and another took its place")
     with step("an upgrade of the chart under load"), cluster.under_load(rate):
         cluster.install(router={"podAnnotations": {"coterie.dev/e2e": "upgraded"}, "settings": {"cache_seconds": 5}})
+
+    of_three = QUICKSTART | {"cluster_coteries": "3"}
+    with step("a bundle of three coteries is made"):
+        pipeline(sys.executable, "coteries", 2 * QUICKSTART_SECONDS, of_three | {"deploy_namespace": ""})
+    with step("and takes over under load: all but the deploy step is in the cache"):
+        before = annotations()["bundle"]
+        with cluster.under_load(rate):
+            pipeline(sys.executable, "coteries", QUICKSTART_SECONDS, of_three)
+        see(annotations()["bundle"] != before, f"it serves: {annotations()}")
+        check_answers(cluster.ask("ask"))
 
     if "policies" not in without:
         with step("three updates of PPO for each coterie, in pods that ask for a GPU"):
