@@ -199,7 +199,7 @@ def test_a_failure_is_caught_by_what_gives_warning() -> None:
 def curves_of(curve: dict) -> dict:
     picked = {"verdict": "coteries", "coteries": 2, "ships": "coteries"} | curve["methods"]["mixture"]["2"]
     simulated = [curve | {"task": ["groups-2", seed], "automatic": picked} for seed in (1, 2, 3)]
-    cell = {name: {"value": -0.001, "low": -0.002, "high": 0.0} for name in ("log_loss", "accuracy")}
+    cell = {name: {"value": 0.001, "low": 0.0, "high": 0.002} for name in ("log_loss", "accuracy")}
     cell |= {"smallest": 9, "ari": None}
     real = curve | {"task": ["tldr", 0], "automatic": None, "pooled": cell}
     real["methods"] = {method: dict.fromkeys(cells, cell) for method, cells in curve["methods"].items()}
@@ -210,13 +210,14 @@ def curves_of(curve: dict) -> dict:
 def test_what_was_chosen_is_compared_with_the_best_in_hindsight(curve) -> None:
     told = curves_of(curve)
     figures = told["settings"]["groups-2"]
-    method, size = figures["best"]
-    best = figures["methods"][method][size]["log_loss"]["value"]
+    best = figures["best"]["log_loss"]["value"]
     assert best == min(cell["log_loss"]["value"] for cells in figures["methods"].values() for cell in cells.values())
     picked = figures["automatic"]
     assert picked["behind"]["value"] == pytest.approx(picked["log_loss"]["value"] - best)
     assert picked["verdict"] == {"coteries": 3}
-    assert told["settings"]["tldr"]["methods"]["mixture"]["2"]["log_loss"]["low"] == pytest.approx(-0.002)
+    real = told["settings"]["tldr"]
+    assert real["methods"]["mixture"]["2"]["log_loss"]["high"] == pytest.approx(0.002)
+    assert real["best"]["size"] == "1"  # where every number of coteries is worse than one
     assert set(coteries.plots(told)) == {"coteries-groups-2", "coteries-tldr"}
 
 

@@ -156,7 +156,7 @@ def _corner(cells: list[Figures]) -> str:
         f"With little data coteries were never found ({told}, workers × comparisons of each). There one reward for everybody was "
         f"shipped in {shared} of {sum(cell['data_sets'] for cell in none)} data sets, and what was shipped differed from "
         f"pooled + reliability by {signed(min(gains), 1)} to {signed(max(gains), 1)} points. The oracle shows what was there to "
-        "be had: with so little, more comparisons are worth more than any method here."
+        "be had by somebody who knows the groups."
     )
 
 

@@ -80,13 +80,14 @@ def _coteries(summary: Figures | None) -> list[str]:
         return []
     said = []
     for name, figures in summary["settings"].items():
-        method, size = figures["best"]
-        best = figures["methods"][method][size]["log_loss"]
-        chosen = ""
-        if (picked := figures["automatic"]) is not None:
-            chosen = f", what coterie chose by itself {interval(picked['log_loss'], 1000, 1, sign=True)}"
-        said.append(f"{name} {method}, K = {size} {interval(best, 1000, 1, sign=True)}{chosen}")
-    return [f"**The best of all methods and numbers in hindsight**, in thousandths of a nat: {'; '.join(said)}."]
+        best, picked = figures["best"], figures["automatic"]
+        told = f"{name} {best['method']}, K = {best['size']}, {interval(best['log_loss'], 1000, 1, sign=True)}"
+        if picked is not None:
+            told += f" (what coterie chose by itself {interval(picked['log_loss'], 1000, 1, sign=True)})"
+        said.append(told)
+    return [
+        f"**The best of all methods and numbers in hindsight**, log-loss less pooled + reliability's in thousandths of a nat: {'; '.join(said)}."
+    ]
 
 
 def _failures(summary: Figures | None) -> list[str]:

@@ -26,6 +26,7 @@ from benchmarks.study.data import FILES
 from benchmarks.study.intervals import comparisons_an_arm, over_data_sets, over_splits
 from benchmarks.study.tables import RESULTS, Draw, Figures, grid, picture, results
 from coterie import simulation
+from coterie.contracts import Estimate
 from coterie.report.drawing import COLOURS, MARKERS
 from coterie.report.words import interval, number, points
 
@@ -41,6 +42,7 @@ DATA = tuple(file for files in FILES.values() for file in files)
 
 CLOSE = 0.005  # nats that what is shipped may be behind the best method and number in hindsight
 _SHOWN = (2, 4, 8)
+_NONE = Estimate(value=0.0, low=0.0, high=0.0).model_dump()  # what one coterie differs by: it is pooled + reliability
 _SPLITS = 5  # seeds of the split of real data
 
 
@@ -100,7 +102,12 @@ def _of_setting(name: str, rows: list[Row]) -> Figures:
             figures["smallest"] = min(cell["smallest"] for cell in cells)
             aris = [cell["ari"] for cell in cells if cell["ari"] is not None]
             figures["ari"] = float(np.mean(aris)) if aris else None
-    best = min(((m, s) for m in METHODS for s in sizes), key=lambda of: methods[of[0]][of[1]]["log_loss"]["value"])
+    method, size = min(
+        ((m, s) for m in METHODS for s in sizes), key=lambda of: methods[of[0]][of[1]]["log_loss"]["value"]
+    )
+    best: Figures = {"method": method, "size": size, **methods[method][size]}
+    if best["log_loss"]["value"] >= 0:
+        best = {"method": "pooled + reliability", "size": "1", "log_loss": _NONE, "accuracy": _NONE}
     accuracy = float(np.mean([row["accuracy"] for row in rows]))
     figures = {
         "real": name in FILES,
@@ -115,16 +122,14 @@ def _of_setting(name: str, rows: list[Row]) -> Figures:
             clustering: {s: merged([row["joint_less_two_stage"][clustering][s] for row in rows]) for s in sizes}
             for clustering in CLUSTERINGS
         },
-        "best": list(best),
-        "arm": _arm(accuracy, methods[best[0]][best[1]]["accuracy"]["value"]),
+        "best": best | {"arm": _arm(accuracy, best["accuracy"]["value"])},
+        "best_of_several": size,
         "automatic": None,
     }
     if all(row["automatic"] for row in rows):
         picked = [row["automatic"] for row in rows]
-        behind = [
-            row["automatic"]["log_loss"]["value"] - row["methods"][best[0]][best[1]]["log_loss"]["value"]
-            for row in rows
-        ]
+        reached = [0.0 if best["size"] == "1" else row["methods"][method][size]["log_loss"]["value"] for row in rows]
+        behind = [one["log_loss"]["value"] - other for one, other in zip(picked, reached, strict=True)]
         figures["automatic"] = merged(picked) | {
             name: dict(Counter(str(one[name]) for one in picked)) for name in ("verdict", "coteries", "ships")
         }
@@ -144,8 +149,8 @@ def markdown(summary: Figures) -> str:
         "Two-stage: each worker's taste is estimated by itself and then clustered; joint: embeddings are learned with the "
         "rewards and then clustered (arXiv 2601.20760 on frozen features). Log-loss less that of pooled + reliability, in "
         "thousandths of a nat (negative is better), over held-out prompts, each worker counted alike. Intervals of 95 %: over "
-        "data sets where annotators are simulated, over workers and prompts where they are real. The best number is chosen "
-        "by looking at the test prompts, which nobody may. An arm is as many comparisons as each of two rewards needs for its "
+        "data sets where annotators are simulated, over workers and prompts where they are real. One "
+        "coterie is pooled + reliability itself. The best number is chosen by looking at the test prompts, which nobody may. An arm is as many comparisons as each of two rewards needs for its "
         "difference in accuracy to show in 80 % of repetitions, two-sided at 5 %, when each is judged by comparisons of "
         "its own (Fleiss, Levin and Paik 2003, chapter 4).",
     ]
@@ -167,17 +172,18 @@ def _methods(figures: Figures) -> tuple[list[str], list[list[str]]]:
     head = ["method", *(f"K = {size}" for size in shown), "best K", "there", "accuracy, points", "an arm", "ARI"]
     lines = []
     for method, cells in figures["methods"].items():
-        best = min(cells, key=lambda size: cells[size]["log_loss"]["value"])
-        needed = _arm(figures["accuracy"], cells[best]["accuracy"]["value"])
+        every = {"1": {"log_loss": _NONE, "accuracy": _NONE, "ari": None}} | cells
+        best = min(every, key=lambda size: every[size]["log_loss"]["value"])
+        needed = _arm(figures["accuracy"], every[best]["accuracy"]["value"])
         lines.append(
             [
                 method,
                 *(interval(cells[size]["log_loss"], 1000, 1, sign=True) for size in shown),
                 best,
-                interval(cells[best]["log_loss"], 1000, 1, sign=True),
-                points(cells[best]["accuracy"]),
+                interval(every[best]["log_loss"], 1000, 1, sign=True),
+                points(every[best]["accuracy"]),
                 "" if needed is None else number(needed),
-                "" if cells[best]["ari"] is None else f"{cells[best]['ari']:.2f}",
+                "" if every[best]["ari"] is None else f"{every[best]['ari']:.2f}",
             ]
         )
     return head, lines
@@ -185,12 +191,12 @@ def _methods(figures: Figures) -> tuple[list[str], list[list[str]]]:
 
 def _chosen(name: str, figures: Figures) -> str:
     """What joint learning was worth, and what was chosen without hindsight."""
-    size = figures["best"][1]
+    size = figures["best_of_several"]
     gains = ", ".join(
         f"{interval(of[size]['log_loss'], 1000, 1, sign=True)} by {clustering}"
         for clustering, of in figures["joint_less_two_stage"].items()
     )
-    joint = f"Joint less two-stage at K = {size}: {gains}."
+    joint = f"Joint less two-stage at K = {size}, the best number above 1: {gains}."
     if (picked := figures["automatic"]) is not None:
         numbers = ", ".join(f"{k} in {n}" for k, n in sorted(picked["coteries"].items()))
         found = ", ".join(f"{verdict} in {n}" for verdict, n in sorted(picked["verdict"].items()))
