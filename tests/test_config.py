@@ -31,6 +31,7 @@ def test_a_single_source_is_a_list_of_one(tmp_path):
     [
         ("cluster: {coterie: 3}", None, "cluster.coterie: there is no such setting"),
         ("cluster: {coteries: many}", None, "cluster.coteries"),
+        ("cluster: {replicates: 19}", None, "cluster.replicates: .* smallest p-value of 19 draws is 0.05"),
         ("ingest: {max_refused: 2}", None, "ingest.max_refused"),
         ("[1, 2]", None, "a recipe is a mapping"),
         ("a: [", None, "not YAML"),

@@ -86,6 +86,10 @@ class EmbedSettings(Settings):
     seed: int = Field(default=0, ge=0)
 
 
+FEWEST_REPLICATES = 20
+"""Draws of which a test of level .05 can reject anything."""
+
+
 class ClusterSettings(Settings):
     """Coteries of workers, and the verdict."""
 
@@ -99,10 +103,22 @@ class ClusterSettings(Settings):
         default="auto", description="what is served; auto: what the verdict says"
     )
     replicates: int = Field(
-        default=59, ge=0, description="data sets that the test of differing tastes draws at most; 0: no test"
+        default=59,
+        ge=0,
+        description="data sets that the test of differing tastes draws at most, 20 or more; 0: no test",
     )
     splits: int = Field(default=3, ge=1, description="item-disjoint splits inside the training prompts")
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("replicates")
+    @classmethod
+    def _may_reject(cls, value: int) -> int:
+        if 0 < value < FEWEST_REPLICATES:
+            raise ValueError(
+                f"the smallest p-value of {value} draws is {1 / (value + 1):.2g}, and one taste would always be found: draw "
+                f"{FEWEST_REPLICATES} or more, or 0 for no test"
+            )
+        return value
 
 
 class AdapterSettings(Settings):

@@ -42,7 +42,6 @@ SIMULATED = (
 QUICKSTART = {
     "ingest_source": [SIMULATED],
     "cluster_coteries": "2",
-    "cluster_replicates": 19,
     "evaluate_replicates": 500,
     "encode_max_tokens": 64,
 }
