@@ -5,10 +5,9 @@ by Adam on the Bradley-Terry likelihood; a penalty on the distance of every basi
 workers the basis stands and w is learned from their shots, without a prior, by 500 steps of Adam at 0.1.
 
 Adapted: the reference is the head of a reward model that was trained elsewhere; here it is the pooled reward of the same
-votes. Its logits are divided by 100 for embeddings of 4,096 numbers, which sets how fast Adam at 0.5 moves the basis; our
-features have mean square one, and the basis moves at RATE in 300 steps whose rate falls, in place of 1,000 at one rate.
-Workers start from equal weights, and a worker without votes has the mean weights of the others: the paper's random start
-would be the prediction for a stranger.
+votes. The paper's 1,000 steps of Adam at 0.5, and 500 at 0.1 for new workers, are iterations of L-BFGS on the same
+objectives. Workers start from equal weights, and a worker without votes has the mean weights of the others: the paper's
+random start would be the prediction for a stranger.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 
 from benchmarks.peers import LinearReward, Settings
-from benchmarks.peers.descent import VoteTensors, adam
+from benchmarks.peers.descent import VoteTensors, minimise
 from benchmarks.peers.pooled import common_reward
 from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
 from coterie.discovery.votes import Array
 
-RATE, STEPS = 0.05, 300
-SHOT_RATE, SHOT_STEPS = 0.1, 500
+STEPS, SHOT_STEPS = 100, 50
 _START = 0.1  # standard deviation of the basis where it starts, around zero
 
 
@@ -56,9 +54,9 @@ def place(shots: Votes, vertices: Array, mean: Array) -> Array:
     rewards = tensors.x @ torch.from_numpy(vertices)
 
     def loss() -> torch.Tensor:
-        return tensors.loss((rewards * torch.softmax(logits, dim=1)[tensors.worker]).sum(dim=1))
+        return tensors.loss((rewards * torch.softmax(logits, dim=1)[tensors.worker]).sum(dim=1)) / len(shots)
 
-    adam(loss, [logits], SHOT_RATE, SHOT_STEPS)
+    minimise(loss, [logits], SHOT_STEPS)
     return np.asarray(torch.softmax(logits.detach(), dim=1))
 
 
@@ -82,7 +80,7 @@ class LoRe:
             penalty = pull / 2 * (basis - reference[:, None]).square().sum()
             return (tensors.loss(margin) + penalty) / len(train)
 
-        adam(loss, [basis, logits], RATE, STEPS)
+        minimise(loss, [basis, logits], STEPS)
         shares, vertices = torch.softmax(logits.detach(), dim=1).numpy(), basis.detach().numpy()
         mean = shares[train.present].mean(axis=0)
         shares[~train.present] = mean

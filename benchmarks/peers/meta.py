@@ -24,7 +24,7 @@ from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
 from coterie.discovery.votes import Array
 
-RATE, STEPS = 0.03, 200
+RATE, STEPS = 0.05, 100
 TAIL, GAMMA = 0.5, 0.5  # as published
 _BASES, _WORKERS, _MOST = 4, 64, 32  # workers of a batch, and votes of each at most
 _NOISE = 0.1

@@ -7,8 +7,8 @@ length one. For new workers projection and prototypes stand, and w is learned fr
 Adapted: a reward that is linear in frozen features needs a linear f, whose length takes the place of the learned scale; a
 multilayer f and unit-length f(response) would need more than the difference of features that a vote is. Prototypes that
 depend on the prompt, as the paper's do, would need the prompt's features, which cancel in that difference: they are points.
-Ridge penalties on f and on all w_i (for new workers around a stranger's) stand for the decay of AdamW, and Adam on all votes
-for its epochs.
+Ridge penalties on f and on all w_i (for new workers around a stranger's) stand for the decay of AdamW, and L-BFGS on all
+votes for its epochs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.peers import LinearReward, Settings
-from benchmarks.peers.descent import VoteTensors, adam
+from benchmarks.peers.descent import VoteTensors, minimise
 from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
 from coterie.discovery.votes import Array
 
-RATE, STEPS = 0.05, 300
-SHOT_RATE, SHOT_STEPS = 0.1, 200
+STEPS, SHOT_STEPS = 100, 50
 DECAY = 1.0  # of the user weights
 _SPACE = 16  # dimensions of the preference space
 
@@ -46,9 +45,10 @@ class _FittedIdeal(LinearReward):
 
             def loss() -> torch.Tensor:
                 margins = _margins(projected, prototypes, logits, tensors.worker)
-                return tensors.loss(margins) + DECAY / 2 * (logits - stranger).square().sum()
+                penalty = DECAY / 2 * (logits - stranger).square().sum()
+                return (tensors.loss(margins) + penalty) / len(shots)
 
-            adam(loss, [logits], SHOT_RATE, SHOT_STEPS)
+            minimise(loss, [logits], SHOT_STEPS)
         return LinearReward((_ideal(prototypes, logits.detach()) @ projection.T).numpy())
 
 
@@ -85,7 +85,7 @@ class Pal:
             penalty = precision / 2 * projection.square().sum() + DECAY / 2 * logits.square().sum()
             return (tensors.loss(margins) + penalty) / len(train)
 
-        adam(loss, [projection, prototypes, logits], RATE, STEPS)
+        minimise(loss, [projection, prototypes, logits], STEPS)
         with torch.no_grad():
             present = torch.from_numpy(train.present)
             mean = torch.log(torch.softmax(logits[present], dim=1).mean(dim=0))

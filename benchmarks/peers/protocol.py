@@ -100,7 +100,7 @@ def confront(
         peers: by name.
 
     Returns:
-        Of each peer its settings, its factor and the seconds that it took, and what coterie found.
+        Of each peer its settings, its factor and the seconds of processor time that it took, and what coterie found.
     """
     seen, strangers = np.flatnonzero(~new), np.flatnonzero(new)
     train, validation, test = (votes.of_workers(seen) for votes in (split.train, split.validation, split.test))
@@ -108,7 +108,7 @@ def confront(
     rows, rows_asked = (np.flatnonzero(who[split.test.worker]) for who in (~new, new))
     splits, told = inner_splits(train, seed), Figures()
     for name, peer in peers.items():
-        started = time.perf_counter()
+        started = time.process_time()
         settings = chosen(peer, splits, seed)
         fitted = peer.fit(train, settings, seed)
         scale = factor(fitted, validation) if calibrate else 1.0  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def confront(
                 reward = fitted.adapt(pool.subset((turn < k) & able[pool.worker]))
                 judged = able[asked.worker]
                 into[str(k)].add(name, rows_asked[judged], scale * reward.decision_function(asked)[judged])
-        told[name] = {"settings": dict(settings), "factor": scale, "seconds": round(time.perf_counter() - started, 1)}
+        told[name] = {"settings": dict(settings), "factor": scale, "seconds": round(time.process_time() - started, 1)}
         if isinstance(fitted, Found):
             told["found"] = found(fitted)
     return told

@@ -23,7 +23,7 @@ from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
 from coterie.discovery.votes import Array
 
-RATE, DECAY = 0.01, 0.01
+RATE, DECAY = 0.02, 0.01
 _WORKERS, _SET = 64, 16  # of a batch, and votes drawn of each of them, as context and again as targets
 CONTEXT = 64  # votes of a worker that are encoded to predict
 _AT_A_TIME = 256  # workers
@@ -93,7 +93,7 @@ class Vpl:
 
     name = "VPL"
     source = "arXiv 2408.10075"
-    grid: tuple[Settings, ...] = tuple({"steps": n, "kl": w} for n in (100, 500) for w in (0.001, 0.03, 0.3))
+    grid: tuple[Settings, ...] = tuple({"steps": n, "kl": w} for n in (60, 240) for w in (0.001, 0.03, 0.3))
 
     def fit(self, train: Votes, settings: Settings, seed: int) -> _FittedVpl:
         """Fit to training votes."""

@@ -67,10 +67,10 @@ REAL = {"tldr": ((0, 1, 2), 3), "ukpconvarg1": ((0,), 1)}  # seeds, and thirds t
 REAL_FULL = {"tldr": (tuple(range(10)), FOLDS), "ukpconvarg1": ((0, 1, 2), FOLDS)}
 DRAWS, DRAWS_FULL = 4, 20
 SIMULATED = ("groups", "continuous", "careless", "unequal", "null", "planted")
-SMALL = {"workers": 120, "comparisons_per_worker": 60}  # without --full
+SMALL = {"workers": 100, "comparisons_per_worker": 60}  # without --full, and without the real texts
 SIMULATED_SEEDS, SIMULATED_SEEDS_FULL = 3, 10
 NEW, SIMULATED_VALIDATION = 0.25, 0.15  # of the workers, and of the training prompts
-LEAK = {"tldr": (0, 1, 2), "ukpconvarg1": (0,)}
+LEAK = {"tldr": (0, 1), "ukpconvarg1": (0,)}
 LEAK_FULL = {"tldr": tuple(range(10)), "ukpconvarg1": (0, 1, 2)}
 MOST_SEEN, MOST_NEW = 150, 50  # training comparisons of a worker, as published
 LEAST = {"ukpconvarg1": 50, "tldr": 1}  # comparisons of the workers whom the leak is measured on
@@ -92,7 +92,7 @@ def tasks(full: bool) -> list[Task]:
         for name in sorted(there, reverse=True)
         for seed in (LEAK_FULL if full else LEAK)[name]
     ]
-    settings = [name for name in SIMULATED if SETTINGS[name].texts is None or UKP.is_file()]
+    settings = [name for name in SIMULATED if SETTINGS[name].texts is None or (full and UKP.is_file())]
     seeds = range(1, (SIMULATED_SEEDS_FULL if full else SIMULATED_SEEDS) + 1)
     return todo + [["simulated", name, seed, full, draws] for seed in seeds for name in settings]
 
