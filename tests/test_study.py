@@ -159,8 +159,9 @@ def amounts_of(gain: float) -> dict:
 
 
 def test_the_fewest_comparisons_are_those_at_which_groups_are_found_and_serve() -> None:
-    assert amounts_of(0.039)["fewest"] == {"100": 100}
-    assert amounts_of(0.02)["fewest"] == {"100": None}  # found, and half of what they could bring
+    assert amounts_of(0.039)["fewest"] == {"100": {"served": 100, "found": 100}}
+    assert amounts_of(0.02)["fewest"] == {"100": {"served": 100, "found": None}}  # half of what they could bring
+    assert amounts_of(0.01)["fewest"] == {"100": {"served": None, "found": None}}
     assert list(amounts_of(-0.02)["targets"].values()) == [False]
     page = amounts.markdown(amounts_of(0.039))
     assert "+3.9 [+3.9, +3.9] of +4.0; 3/3; ARI 0.90" in page

@@ -68,11 +68,14 @@ def _ends(told: list[Figures]) -> list[tuple[int, list[float | None]]]:
 def _amounts(summary: Figures | None) -> list[str]:
     if summary is None:
         return []
-    fewest = {int(workers): least for workers, least in summary["fewest"].items()}
-    enough = [f"{number(least)} with {number(workers)} workers" for workers, least in fewest.items() if least]
-    if never := ", ".join(number(workers) for workers, least in fewest.items() if not least):
-        enough.append(f"no number that was tried with {never}")
-    return [f"**Comparisons of each worker that suffice** to find and serve four groups: {'; '.join(enough)}."]
+    said = []
+    for what, words in (("served", "to bring half of what the oracle gains"), ("found", "to find the groups")):
+        fewest = {number(int(workers)): least[what] for workers, least in summary["fewest"].items()}
+        enough = [f"{number(least)} with {workers} workers" for workers, least in fewest.items() if least]
+        if never := ", ".join(workers for workers, least in fewest.items() if not least):
+            enough.append(f"no number that was run with {never}")
+        said.append(f"{words}, {', '.join(enough)}")
+    return [f"**Comparisons of each worker that suffice** with four groups: {'; '.join(said)}."]
 
 
 def _coteries(summary: Figures | None) -> list[str]:
