@@ -26,7 +26,7 @@ PERSONAL = {
     peer.name: (peer, settings)
     for peer, settings in (
         (Own(), {"start": "pooled", "precision": 10.0}),
-        (LoRe(), {"bases": 2, "pull": 1.0}),
+        (LoRe(), {"bases": 2, "pull": 100.0}),
         (Pal(), {"prototypes": 2, "precision": 1.0}),
         (Vpl(), {"steps": 150, "kl": 0.001}),
         (Meta(), {"rate": 100.0, "precision": 1.0}),

@@ -40,8 +40,19 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
     return softplus(logits) - y * logits
 
 
+def adam(loss: Callable[[], Tensor], parameters: Sequence[Tensor], rate: float, steps: int) -> None:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on all votes at once, its rate falling to zero along a cosine."""
+    optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+        schedule.step()
+
+
 def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int) -> None:
-    """L-BFGS on all votes at once, at most so many iterations: what Adam reaches in a thousand steps, in a tenth of the time.
+    """L-BFGS on all votes at once, at most so many iterations; for objectives without a saddle where it starts.
 
     Args:
         loss: of the parameters as they are.
@@ -62,5 +73,5 @@ def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: in
         return value.item(), np.concatenate([gradient.numpy().ravel() for gradient in gradients]).astype(np.float64)
 
     start = np.concatenate([parameter.detach().numpy().ravel() for parameter in parameters]).astype(np.float64)
-    options = {"maxiter": steps, "gtol": 1e-5, "ftol": 1e-8, "maxcor": 10}
+    options = {"maxiter": steps, "gtol": 1e-8, "ftol": 1e-8, "maxcor": 10}  # a worker's part of a mean is small
     put(minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x)
