@@ -17,7 +17,7 @@ from coterie.errors import BackendUnavailable, BadConfiguration, BadData, Storag
 from coterie.feedback.reader import engine_of, parse
 from coterie.feedback.tables import create_schema
 
-_BUSY = 10.0  # seconds that SQLite waits for another writer, and PostgreSQL for a connection
+_BUSY = 10.0  # seconds that SQLite waits for another writer, and PostgreSQL for a connection or a lock
 _FULL, _READ_ONLY = ("disk is full", "No space left", "could not extend"), ("readonly", "read-only", "Read-only")
 _READING = "coterie_reading"
 
@@ -44,7 +44,16 @@ class Database:
         if self.kind == "sqlite":
             options["connect_args"] = {"timeout": _BUSY, "check_same_thread": False}
         else:
-            options["connect_args"] = {"connect_timeout": int(_BUSY), "application_name": "coterie-feedback"}
+            options["connect_args"] = {
+                "application_name": "coterie-feedback",
+                "connect_timeout": int(_BUSY),
+                "options": f"-c lock_timeout={int(1000 * _BUSY)}",
+                # A server that is gone without a word, as behind a cut network, is known to be so within half a minute.
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 20_000,
+            }
         self._engine = engine_of(address, **options)
         sa.event.listen(self._engine, "connect", _sqlite_settings if self.kind == "sqlite" else _postgresql_settings)
         if self.kind == "sqlite":
