@@ -272,6 +272,23 @@ def test_a_relay_follows_to_another_publication_and_waits_where_there_is_none(li
     assert second.pushed[0].event_timestamp > first.pushed[0].event_timestamp
 
 
+def test_what_the_router_of_the_mixture_before_took_is_taken_up_again(lite, tmp_path, monkeypatch):
+    monkeypatch.setattr("coterie.feedback.relay._AGAIN", 0.5)
+    before, after = Someone(), Someone()
+    old = Relay(lite, published(tmp_path / "one"), before.infer, before.push)
+    new = Relay(lite, published(tmp_path / "two", "m2", when=9), after.infer, after.push)
+    new.start()
+    time.sleep(0.2)  # it has replayed, and looks again in half a second
+    vote(lite, "ann", 1)
+    old.round()
+    deadline = time.monotonic() + 20
+    while not after.pushed:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    new.close()
+    assert {profile.mixture_version for profile in after.pushed} == {"m2"}
+
+
 def test_feedback_reaches_feast_and_can_be_taken_out(lite, staged, posteriors, tmp_path):
     from feature_repo.publish import publish
     from feature_repo.store import lookup, open_store, remove

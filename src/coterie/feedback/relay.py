@@ -39,6 +39,9 @@ UNPUBLISHED = Gauge(
 _AT_ONCE, _MOST_NEWS = 256, 10_000  # workers of a round, rows of the outbox that it looks at
 _REST, _LONGEST_REST = 3.0, 10.0  # pause after a round in times of what it took, and in seconds
 _EVERY = 0.5  # seconds between two looks, for what other routers stored and did not finish
+_AGAIN = (
+    300.0  # seconds between two replays: in a rollout, the router of the mixture before may have taken somebody's news
+)
 _LONGEST_WAIT = 5.0  # seconds between two attempts
 _ASIDE = 60.0  # seconds for which a worker who cannot be done is left aside
 _TICK = timedelta(microseconds=1)
@@ -126,17 +129,17 @@ class Relay:
             self._thread.join()
 
     def _run(self) -> None:
-        replayed, wait = False, _EVERY
+        replay, wait = 0.0, _EVERY  # when next, and seconds
         while not self._closed.is_set():
             self._wake.clear()
             started = time.monotonic()
             while self._next:
-                (self._published, self._infer, self._push), replayed = self._next.popleft(), False
+                (self._published, self._infer, self._push), replay = self._next.popleft(), 0.0
             UNPUBLISHED.set(self._published is None)
             try:
-                if not replayed:
+                if started >= replay:
                     self.replay()
-                    replayed = True
+                    replay = started + _AGAIN
                 if self.round():
                     # Votes are acknowledged by the same processor: it is theirs for most of the time.
                     self._closed.wait(min(_REST * (time.monotonic() - started), _LONGEST_REST))
