@@ -14,7 +14,7 @@ from coterie.errors import CoterieError
 SECRETS_FOLDER = "/etc/coterie"  # on a cluster: a file for each environment variable that a secret holds
 
 
-def run(stage: Callable[..., dict[str, Any]], *, out: Any, metrics: Any = None, **arguments: Any) -> dict[str, Any]:
+def run(stage: Callable[..., dict[str, Any]], *, metrics: Any = None, **arguments: Any) -> dict[str, Any]:
     """Call `stage` with artifacts turned into paths; log its scalar figures as metrics; return all its figures.
 
     A CoterieError ends the component with its message and exit code alone: the Kubeflow UI shows the last lines of a
@@ -24,7 +24,7 @@ def run(stage: Callable[..., dict[str, Any]], *, out: Any, metrics: Any = None, 
     for file in sorted(Path(SECRETS_FOLDER).glob("[A-Z]*")):
         os.environ.setdefault(file.name, file.read_text(encoding="utf-8").strip())
     try:
-        figures = stage(out=Path(out.path), **{name: _plain(value) for name, value in arguments.items()})
+        figures = stage(**{name: _plain(value) for name, value in arguments.items()})
     except CoterieError as error:
         logging.getLogger("coterie").error("%s", error)
         raise SystemExit(error.exit_code) from error

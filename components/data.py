@@ -7,6 +7,17 @@ from components.image import TRAIN_IMAGE
 
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def look(source: list, pseudonyms: str) -> str:
+    """A word for what the sources hold now, and for the key of the pseudonyms: Kubeflow's cache sees neither."""
+    from components import artifacts
+    from coterie import stages
+    from coterie.config import IngestSettings
+
+    settings = IngestSettings.of(source=source, pseudonyms=pseudonyms)
+    return artifacts.run(stages.look, settings=settings)["state"]
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def ingest(
     comparisons: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
@@ -19,8 +30,12 @@ def ingest(
     validation_share: float,
     test_share: float,
     seed: int,
+    state: str,
 ):
-    """Preferences with worker ids in, validated comparisons out; every refused row in quarantine.parquet."""
+    """Preferences with worker ids in, validated comparisons out; every refused row in quarantine.parquet.
+
+    `state` is what `look` said: where it is another one, Kubeflow's cache does not serve.
+    """
     from components import artifacts
     from coterie import stages
     from coterie.config import IngestSettings

@@ -138,6 +138,9 @@ def define(
     deploy_timeout: int = 900,
 ):
     """All stages; `coterie run` calls this very function in-process."""
+    looked = data.look(source=ingest_source, pseudonyms=ingest_pseudonyms)
+    looked.set_caching_options(False)
+    use_secrets(looked)
     comparisons = data.ingest(
         source=ingest_source,
         format=ingest_format,
@@ -147,6 +150,7 @@ def define(
         validation_share=ingest_validation_share,
         test_share=ingest_test_share,
         seed=ingest_seed,
+        state=looked.output,
     )
     use_secrets(comparisons)
     vectors = data.encode(
@@ -227,6 +231,7 @@ def define(
         "clustered": clustered.outputs["clustered"],
     }
     common = rewards.global_reward(**learned, **of_reward)
+    # A loop has no name of its own: Kubeflow's driver would not find what is collected of it (seen in 2.14).
     with dsl.ParallelFor(clustered.outputs["Output"]) as coterie:
         own = rewards.coterie_reward(coterie=coterie, **learned, global_reward=common.outputs["reward"], **of_reward)
 
@@ -273,7 +278,7 @@ def define(
     }
 
     def deploy(bundle: Any) -> None:
-        with dsl.If(deploy_namespace != ""):
+        with dsl.If(deploy_namespace != "", name="where a namespace is given: deploy"):
             deployed = serving.deploy(
                 bundle=bundle,
                 profiles=published.outputs["profiles"],
@@ -287,9 +292,9 @@ def define(
         put(deployed, "deploy")
 
     texts = {"bundle": bundled.outputs["model"], "comparisons": comparisons.outputs["comparisons"]}
-    with dsl.If(align_method == "none"):
+    with dsl.If(align_method == "none", name="without policies"):
         deploy(bundled.outputs["model"])
-    with dsl.If(align_method != "none"):
+    with dsl.If(align_method != "none", name="with policies"):
         started = policies.start(**texts, **of_align)
         with dsl.ParallelFor(started.outputs["Output"]) as audience:
             tuned = policies.align(audience=audience, **texts, start=started.outputs["policy"], **of_align)
@@ -315,6 +320,7 @@ def define(
         )
         deploy(released.outputs["model"])
 
+    put(looked, "ingest")
     put(comparisons, "ingest")
     put(vectors, "encode")
     put(embedded, "embed")
@@ -336,7 +342,7 @@ def pipeline(placement: Placement) -> dsl.base_component.BaseComponent:
 
     @functools.wraps(define)
     def closed(title: Any, *settings: Any) -> None:
-        with dsl.ExitHandler(closing.close(title=title)):
+        with dsl.ExitHandler(closing.close(title=title), name="stages"):
             define(title, *settings)
 
     with placing(placement):  # Kubeflow learns what a pipeline is by calling its function

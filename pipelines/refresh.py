@@ -43,7 +43,7 @@ def define(
     published.set_caching_options(False)
     use_secrets(folded)
     use_secrets(published)
-    with dsl.If(deploy_namespace != ""):
+    with dsl.If(deploy_namespace != "", name="where a namespace is given: deploy"):
         deployed = serving.deploy(  # the bundle has passed the gate, or is the one that serves
             bundle=folded.outputs["model"],
             profiles=published.outputs["profiles"],

@@ -216,9 +216,17 @@ def test_one_restart_is_no_crash_loop_and_a_rollout_that_takes_too_long_is_undon
 
 def test_a_step_that_is_stopped_puts_back_what_served(cluster, bundles):
     put(bundles["two"], cluster)
-    cluster.broken = lambda service: {"phase": "Pending"} if cluster.serves == str(bundles["one"]) else None
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    stopped = threading.Event()
+
+    def pending(service):
+        if cluster.serves != str(bundles["one"]):
+            return None
+        if not stopped.is_set():  # in the midst of the rollout, and not before
+            stopped.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"phase": "Pending"}
+
+    cluster.broken = pending
     with pytest.raises(SystemExit) as ended:
         put(bundles["one"], cluster)
     assert ended.value.code == 128 + signal.SIGTERM

@@ -26,7 +26,7 @@ from coterie.config import (
     Settings,
 )
 from coterie.errors import BackendUnavailable, BadConfiguration, BadData, CoterieError
-from coterie.staging import STAGE_FILE, Work, read_metrics, record_of, stage, versions
+from coterie.staging import STAGE_FILE, Work, leaving_word, read_metrics, record_of, stage, versions
 
 COMPARISONS, QUARANTINE, VECTORS = "comparisons.parquet", "quarantine.parquet", "vectors.parquet"
 DIFFERENCES, EMBEDDINGS, ASSIGNMENTS = "differences.parquet", "embeddings.parquet", "assignments.parquet"
@@ -42,17 +42,32 @@ def ingest(out: Path, settings: IngestSettings) -> dict[str, Any]:
         BadConfiguration: pseudonyms are asked for and there is no key.
     """
     from coterie.ingest import ingest
-    from coterie.ingest.pseudonyms import fingerprint, load_key
-    from coterie.ingest.state import source_state
 
     run_folder = os.environ.get("COTERIE_RUN_FOLDER")
     quarantine = (Path(run_folder) if run_folder else out.parent) / QUARANTINE
 
-    def identity() -> dict[str, Any]:
-        key = fingerprint(load_key()) if settings.pseudonyms == "keyed" else ""
-        return {"sources": source_state(settings.source), "key": key}
+    def work(folder: Path) -> dict[str, Any]:
+        return ingest(settings, folder, quarantine=quarantine)
 
-    return stage("ingest", settings, {}, out, lambda folder: ingest(settings, folder, quarantine=quarantine), identity)
+    return stage("ingest", settings, {}, out, work, lambda: _seen(settings))
+
+
+def look(settings: IngestSettings) -> dict[str, Any]:
+    """`state`: a word for what the sources hold now, and for the key that people are named with.
+
+    Raises:
+        BadData, BackendUnavailable: a source is not there. BadConfiguration: there is no key.
+    """
+    with leaving_word("ingest"):
+        return {"state": contracts.content_id(json.dumps(_seen(settings), sort_keys=True))}
+
+
+def _seen(settings: IngestSettings) -> dict[str, Any]:
+    from coterie.ingest.pseudonyms import fingerprint, load_key
+    from coterie.ingest.state import source_state
+
+    key = fingerprint(load_key()) if settings.pseudonyms == "keyed" else ""
+    return {"sources": source_state(settings.source), "key": key}
 
 
 def encode(comparisons: Path, out: Path, settings: EncodeSettings) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def stage(
     reuse: bool = True,
 ) -> dict[str, Any]:
     """Do `work` into a temporary folder that becomes `out`, unless `out` or the cache holds the result already."""
-    try:
+    with leaving_word(name), _disk_in_words(name, out):
         for label, path in inputs.items():
             if not path.exists():
                 raise BadData(f"{name}: {label} {path} does not exist; run the stage that writes it first")
@@ -61,18 +62,19 @@ def stage(
             _place(kept, lambda folder: shutil.copytree(out, folder, dirs_exist_ok=True))
         log.info("%s: done in %.1f s", name, record_of(out)["seconds"])
         return read_metrics(out)
-    except CoterieError as error:
-        _leave_word(name, error)
-        raise
+
+
+@contextmanager
+def _disk_in_words(name: str, out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        failure = RunFailed(
+        raise RunFailed(
             f"{name}: the disk below {out.parent} is full. Free some space; nothing half-written was left."
             if full
             else f"{name}: {out} cannot be written: {error}. Check the folder and its rights."
-        )
-        _leave_word(name, failure)
-        raise failure from error
+        ) from error
 
 
 def _perform(name: str, key: str, settings: Settings, work: Work, folder: Path) -> None:
@@ -195,9 +197,14 @@ def _cached(name: str, key: str) -> Path | None:
     return Path(root) / name / key if root else None
 
 
-def _leave_word(name: str, error: CoterieError) -> None:
-    """Tell a waiting `coterie run`, which sees the exit of a component's process only, what went wrong."""
-    folder = os.environ.get("COTERIE_RUN_FOLDER")
-    if folder:
-        word = {"stage": name, "type": type(error).__name__, "message": str(error)}
-        write_text(Path(folder) / "failure.json", json.dumps(word, indent=1))
+@contextmanager
+def leaving_word(name: str) -> Iterator[None]:
+    """Tell a waiting `coterie run`, which sees the exit of a component's process only, what goes wrong within."""
+    try:
+        yield
+    except CoterieError as error:
+        folder = os.environ.get("COTERIE_RUN_FOLDER")
+        if folder:
+            word = {"stage": name, "type": type(error).__name__, "message": str(error)}
+            write_text(Path(folder) / "failure.json", json.dumps(word, indent=1))
+        raise

@@ -1,11 +1,12 @@
 """What a platform engineer does, on the cluster that KUBECONFIG points at, from images to an uninstall.
 
     make e2e REGISTRY=registry.example
-    python -m tests.e2e REGISTRY [--images build/images.yaml] [--without policies nodes] [--keep]
+    python -m tests.e2e REGISTRY [--images build/images.yaml] [--without policies nodes] [--ui URL] [--keep]
 
-Needs kubectl and helm, Kubeflow Pipelines in the namespace kubeflow with its own object store, KServe, Kubeflow Trainer for
-`nodes`, and nodes that claim nvidia.com/gpu for `policies`. All that it makes is in the namespace coterie-e2e, which it removes
-at both ends, in runs of Kubeflow Pipelines, and a claim and a Secret beside them.
+Needs kubectl and helm, and for `--ui`, the address of the Kubeflow UI, what ui.mjs says. The cluster has Kubeflow Pipelines in
+the namespace kubeflow with its own object store, KServe, Kubeflow Trainer for `nodes`, and nodes that claim nvidia.com/gpu for
+`policies`. All that it makes is in the namespace coterie-e2e, which it removes at both ends, in runs of Kubeflow Pipelines, and a
+claim and a Secret beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +39,7 @@ READY_SECONDS, QUICKSTART_SECONDS = 60, 15 * 60  # at most, as asked for
 PARTS = ("policies", "nodes")
 
 SIMULATED = (
-    "simulated://groups?groups=2&workers=60&comparisons_per_worker=100&prompts=150&responses=4&accuracy=0.85&seed=1"
+    "simulated://groups?groups=3&workers=90&comparisons_per_worker=100&prompts=150&responses=4&accuracy=0.85&seed=1"
 )
 QUICKSTART = {
     "ingest_source": [SIMULATED],
@@ -247,7 +249,8 @@ def annotations() -> dict[str, str]:
 def check_answers(said: dict[str, Any]) -> None:
     """Known workers are scored by their coterie, strangers by everybody's reward, and gRPC says the same."""
     known = said["known"]
-    see(all(one["source"] == "profile" for one in known), f"{len(known)} known workers are scored by profile")
+    sources = Counter(one["reason"] or one["source"] for one in known)
+    see(sources == {"profile": len(known)}, f"known workers are scored by: {dict(sources)}")
     of_coteries = {one["coterie"]: one["scores"] for one in known}
     see(len(of_coteries) >= 2, f"they are of {len(of_coteries)} coteries")
     see(len({tuple(scores) for scores in of_coteries.values()}) >= 2, f"whose scores differ: {of_coteries}")
@@ -285,7 +288,7 @@ def prepare(registry: str, images: Path | None) -> Path:
     return images
 
 
-def everything(cluster: Cluster, without: list[str], rate: int) -> None:
+def everything(cluster: Cluster, without: list[str], rate: int, ui: str | None) -> None:
     """All steps from the install to the uninstall."""
     for file in sorted((CHART / "ci").glob("*-values.yaml")):
         with step(f"a server-side dry run of {file.name}"):
@@ -336,6 +339,13 @@ def everything(cluster: Cluster, without: list[str], rate: int) -> None:
         see(annotations()["bundle"] != before, f"it serves: {annotations()}")
         check_answers(cluster.ask("ask"))
 
+    if ui:
+        with step("a run that is started in the Kubeflow UI"):
+            settings = json.dumps(QUICKSTART | {"deploy_namespace": ""})
+            script = Path(__file__).with_name("ui.mjs")
+            for line in run("node", str(script), ui, str(ROOT / "build" / "ui"), settings, timeout=4000).splitlines():
+                print(line, flush=True)
+
     if "policies" not in without:
         with step("three updates of PPO for each coterie, in pods that ask for a GPU"):
             pipeline(sys.executable, "coteries", 3600, POLICIES)
@@ -367,13 +377,14 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="digests of images that are there, in place of building them")
     parser.add_argument("--without", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--rate", type=int, default=50, help="requests a second under load")
+    parser.add_argument("--ui", help="address of the Kubeflow UI, in which a run is started by hand")
     parser.add_argument("--keep", action="store_true", help="leave the release running")
     options = parser.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     began = time.monotonic()
     try:
         images = prepare(options.registry, options.images)
-        everything(Cluster(images), options.without, options.rate)
+        everything(Cluster(images), options.without, options.rate, options.ui)
     except Failed as error:
         print(f"FAILED: {error}", file=sys.stderr)
         for what in ("get pods -o wide", "get events --sort-by=.lastTimestamp", "get inferenceservices -o yaml"):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 
 import httpx
 from kserve import InferenceGRPCClient, InferInput, InferRequest
@@ -16,7 +17,16 @@ with httpx.Client(base_url=os.environ["SERVICE"], timeout=30) as client:
         assert answer.status_code == 200, answer.text
         return answer.json()["predictions"][0]
 
-    said["known"] = [ask(f"annotator-{i:02d}") for i in range(1, 21)]
+    def known(worker):
+        """A lookup that missed its deadline fell back; what it found serves the next question."""
+        for _ in range(10):
+            told = ask(worker)
+            if told["reason"] != "profiles-unavailable":
+                break
+            time.sleep(0.5)
+        return told
+
+    said["known"] = [known(f"annotator-{i:02d}") for i in range(1, 21)]
     said["unknown"] = ask("nobody-knows-me")
     first, second = question["responses"]
     vote = {"prompt": question["prompt"], "chosen": second, "rejected": first}
