@@ -23,10 +23,9 @@ from coterie.contracts import (
     matrix,
     table_of,
 )
-from coterie.discovery import MixtureReward, ReliabilityReward, Votes, cluster, embed, load_votes
+from coterie.discovery import MixtureReward, Votes, cluster, embed, load_votes
 from coterie.discovery.run import drift_since
 from coterie.discovery.selection import (
-    POOLED_PRECISIONS,
     HeldOut,
     select_coteries,
     select_embedding,
@@ -90,21 +89,6 @@ def test_pairs_are_held_out_where_there_are_hardly_any_prompts() -> None:
     one_pair = Votes.of(np.ones((6, 2)), np.ones(6), np.arange(6) % 3, np.zeros(6))
     assert HeldOut(one_pair, 2, 0).unit == "none"
     assert select_coteries(HeldOut(one_pair, 2, 0), ClusterSettings()).size == 1
-
-
-def test_a_prior_is_as_strong_as_few_prompts_with_many_votes_each_need() -> None:
-    rng = np.random.default_rng(0)
-    theta, pairs = np.array([1.0, *np.zeros(29)]), rng.standard_normal((16, 6, 30))
-    # What a pair's votes have in common beside theta would be learned by heart.
-    logits = pairs @ theta + 1.5 * rng.standard_normal((16, 6))
-    prompt, pair = rng.integers(0, 16, 4000), rng.integers(0, 6, 4000)
-    x = pairs[prompt, pair]
-    x[rng.random(4000) > 1 / (1 + np.exp(-logits[prompt, pair]))] *= -1
-    votes = Votes.of(x, np.ones(4000), np.arange(4000) % 50, prompt)
-    heldout = HeldOut(votes, 3, 0)
-    assert heldout.precision > max(POOLED_PRECISIONS)
-    fixed = heldout.fit(lambda train, _: ReliabilityReward(max(POOLED_PRECISIONS), 0.03).fit(train))
-    assert np.nanmean(heldout.losses(heldout.bases)) < np.nanmean(heldout.losses(fixed)) - 0.01
 
 
 def test_the_rule_of_one_standard_error() -> None:

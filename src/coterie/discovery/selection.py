@@ -25,7 +25,7 @@ from coterie.discovery.votes import Array, Votes, VoteSet, random_workers
 from coterie.progress import progress
 
 POOLED_PRECISIONS = (1.0, 10.0, 100.0)
-_PRECISION_LIMITS = 1e-3, 1e5  # that are tried where each weaker, or stronger, one is noticeably better
+_WEAKEST_PRECISION = 1e-3  # that is tried where each weaker one of these is noticeably better
 RELIABILITY_VARIANCES = (0.003, 0.03, 0.25, 1.0)
 COTERIE_PRECISIONS = (30.0, 100.0, 300.0)
 BASIS_PRECISIONS = (30.0, 300.0, 3000.0)
@@ -123,15 +123,13 @@ class HeldOut:
             return
         loss = {p: self._loss(p) for p in POOLED_PRECISIONS}
         self.precision = min(loss, key=lambda p: loss[p])
-        # Where a reward separates the votes, only the prior bounds it; other members would seem better for being freer. Where
-        # it learns prompts by heart, of which there are few with many votes each, a stronger prior gains more than any taste.
-        for edge, factor in ((min, 10.0), (max, 0.1)):
-            while self.precision == edge(loss) and _PRECISION_LIMITS[0] < self.precision < _PRECISION_LIMITS[1]:
-                further = self.precision / factor
-                loss[further] = self._loss(further)
-                if loss[self.precision] - loss[further] < _NOTICEABLE:
-                    break
-                self.precision = further
+        # Where a reward separates the votes, only the prior bounds it; other members would seem better for being freer.
+        while self.precision == min(loss) > _WEAKEST_PRECISION:
+            weaker = self.precision / 10
+            loss[weaker] = self._loss(weaker)
+            if loss[self.precision] - loss[weaker] < _NOTICEABLE:
+                break
+            self.precision = weaker
         tried = {v: self._bases(self.precision, v) for v in RELIABILITY_VARIANCES}
         self.reliability_variance = min(tried, key=lambda v: float(np.nanmean(self.losses(tried[v]))))
         self.bases = tried[self.reliability_variance]
