@@ -18,11 +18,13 @@ def test_a_run_with_adapters_and_policies_releases_what_the_judges_let_serve(tmp
     backbone, out = write_backbone(tmp_path / "backbone", pad=True), tmp_path / "run"
     settings = {
         "ingest.source": "simulated://groups?groups=2&workers=24&comparisons_per_worker=60&prompts=30&responses=4&seed=3",
+        "ingest.validation_share": 0.15,
         "cluster.coteries": 2,
         "cluster.replicates": 0,
         "cluster.splits": 1,
         "embed.rank": 1,
         "evaluate.replicates": 100,
+        "reward.kind": "adapter",
         "reward.backbone": backbone,
         "reward.max_steps": 4,
         "reward.max_tokens": 1024,
