@@ -35,7 +35,7 @@ from benchmarks.scale import peak_memory
 from coterie.backbones import SMOLLM2, backbone_source
 from coterie.config import RewardSettings
 from coterie.contracts import COMPARISON, DIFFERENCE, TRAIN, VALIDATION, content_id
-from coterie.rewards.adapters import train_adapter
+from coterie.rewards.adapter_training import train_adapter
 from coterie.rewards.backbone import load_tokenizer, tokenized
 from coterie.rewards.examples import TextComparisons
 from coterie.simulation import SimulationSettings, simulate

@@ -10,6 +10,7 @@ Test prompts are never training prompts. What an estimator reaches that is told 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -27,7 +28,7 @@ from coterie.discovery import LowRankReward, MixtureReward, ReliabilityReward, V
 from coterie.discovery.differences import differences
 from coterie.discovery.features import fit_features
 from coterie.discovery.pooled import Reward
-from coterie.discovery.votes import Array
+from coterie.discovery.votes import Array, joined
 from coterie.simulation import SimulationSettings
 from coterie.simulation.annotators import CONTINUOUS_RANK, Annotators, draw_amounts, draw_annotators
 from coterie.simulation.texts import ATTRIBUTES
@@ -124,11 +125,13 @@ def _real_comparisons(texts: Path) -> tuple[Votes, Votes, tuple[str, ...]]:
         differences(comparisons, vectors, features, path)
         train, *held_out = (load_votes(path, split) for split in (TRAIN, VALIDATION, TEST))
     many = np.flatnonzero(sum(votes.counts for votes in (train, *held_out)) >= FEWEST_COMPARISONS)
-    columns = {
-        name: np.concatenate([getattr(votes, name) for votes in held_out]) for name in ("x", "y", "worker", "prompt")
-    }
-    test = Votes.of(**columns, n_workers=train.n_workers)
-    return train.of_workers(many), test.of_workers(many), features.names
+    return train.of_workers(many), together(held_out).of_workers(many), features.names
+
+
+def together(parts: Sequence[Votes]) -> Votes:
+    """Votes of the same workers as one set."""
+    joint = joined(parts, parts[0].n_workers)
+    return Votes.of(joint.x, joint.y, joint.worker, joint.prompt, joint.n_workers, joint.weight)
 
 
 def _vote(people: Annotators, votes: Votes, rng: np.random.Generator) -> Votes:

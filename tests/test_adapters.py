@@ -22,7 +22,8 @@ from coterie.config import RewardSettings
 from coterie.contracts import COMPARISON, DIFFERENCE, SCORE, SCORES_FILE, content_id
 from coterie.errors import BadBundle, BadConfiguration, BadData, RunFailed
 from coterie.rewards import train_reward
-from coterie.rewards.adapters import AdapterRewards, train_adapter
+from coterie.rewards.adapter_training import train_adapter
+from coterie.rewards.adapters import AdapterRewards
 from coterie.rewards.backbone import conversation, load_model, load_tokenizer, tokenized
 from coterie.rewards.heads import mean_loss
 from coterie.rewards.launch import Job, OutOfMemory, leave_failure

@@ -137,6 +137,9 @@ def test_a_database_that_does_not_move_is_a_503_until_it_does(url, tmp_path):
         assert (locked.status_code, locked.headers["retry-after"]) == (503, "1")
         assert "Send the same request again" in locked.json()["error"]
         assert "sql" not in locked.text
+        # The database's own word: not that the request's patience came to an end, with the journal still held up.
+        told = "database is locked" if url.startswith("sqlite") else "lock timeout"
+        assert told in (tmp_path / "server.log").read_text()
         assert client.post("/v1/feedback", json=said(1)).status_code == 200
 
 

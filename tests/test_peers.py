@@ -15,8 +15,9 @@ from benchmarks.peers.neighbours import Neighbours
 from benchmarks.peers.own import Own, ridge
 from benchmarks.peers.pal import Pal
 from benchmarks.peers.pooled import Pooled
-from benchmarks.peers.protocol import Split, Tally, confront, tallies, together, turns, worst_tenth
+from benchmarks.peers.protocol import Split, Tally, confront, tallies, turns, worst_tenth
 from benchmarks.peers.vpl import Vpl
+from benchmarks.settings import together
 from benchmarks.study import comparison
 from coterie.discovery import Votes
 from coterie.discovery.votes import one_thread

@@ -46,6 +46,15 @@ def test_the_committed_yaml_is_the_pipeline(tmp_path):
     assert fresh == committed, "the pipeline has changed: run `python -m pipelines.coteries`"
 
 
+def test_ingest_is_cached_by_what_a_step_that_never_is_says_of_sources_and_key():
+    spec = next(yaml.safe_load_all((ROOT / "pipelines" / "coteries.yaml").read_text()))
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    assert "enableCache" not in tasks["look"]["cachingOptions"]
+    assert tasks["ingest"]["cachingOptions"]["enableCache"] is True
+    state = tasks["ingest"]["inputs"]["parameters"]["state"]
+    assert state["taskOutputParameter"] == {"outputParameterKey": "Output", "producerTask": "look"}
+
+
 def test_an_image_takes_the_place_of_the_placeholder(tmp_path):
     from components.image import TRAIN_IMAGE
     from pipelines.coteries import compile_to

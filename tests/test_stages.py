@@ -74,6 +74,20 @@ def test_another_key_is_another_result(votes, tmp_path, monkeypatch):
     assert stages.ingest(out, settings(votes))["key_fingerprint"] != first
 
 
+def test_what_is_seen_of_the_sources_changes_with_them_and_with_the_key_alone(votes, monkeypatch, tmp_path):
+    seen = stages.look(settings(votes))
+    assert stages.look(settings(votes, seed=5)) == seen
+    monkeypatch.setenv("COTERIE_PSEUDONYM_KEY", "another key, long enough")
+    renamed = stages.look(settings(votes))
+    votes.write_text(votes.read_text().replace('yes 7"', 'certainly 7"'))
+    assert len({told["state"] for told in (seen, renamed, stages.look(settings(votes)))}) == 3
+    monkeypatch.setenv("COTERIE_RUN_FOLDER", str(tmp_path))
+    votes.unlink()
+    with pytest.raises(BadData):
+        stages.look(settings(votes))
+    assert json.loads((tmp_path / "failure.json").read_text())["type"] == "BadData"
+
+
 def test_the_cache_serves_another_folder(votes, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="coterie")
     monkeypatch.setenv("COTERIE_STAGE_CACHE", str(tmp_path / "cache"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -40,9 +40,13 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
     return softplus(logits) - y * logits
 
 
-def adam(loss: Callable[[], Tensor], parameters: Sequence[Tensor], rate: float, steps: int) -> None:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on all votes at once, its rate falling to zero along a cosine."""
-    optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
+def adam(loss: Callable[[], Tensor], parameters: Iterable[Tensor], rate: float, steps: int, decay: float = 0.0) -> None:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) with decoupled weight decay, its rate falling to zero along a cosine.
+
+    Args:
+        loss: of the parameters as they are, on all votes or on a batch that it draws.
+    """
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import LinearReward, Settings
-from benchmarks.peers.descent import VoteTensors, losses
+from benchmarks.peers.descent import VoteTensors, adam, losses
 from benchmarks.peers.pooled import common_reward
 from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
@@ -78,10 +78,9 @@ class Meta:
         rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         bases = (common + _NOISE * torch.randn(len(common), _BASES, generator=random)).requires_grad_()
         start = torch.zeros(_BASES, requires_grad=True)
-        optimiser = torch.optim.Adam([bases, start], lr=RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
         x, y, voting = torch.from_numpy(train.x), torch.from_numpy(train.y), np.flatnonzero(train.present)
-        for _ in range(STEPS):
+
+        def loss() -> Tensor:
             workers = rng.choice(voting, min(_WORKERS, len(voting)), replace=False)
             (support, of_support), (query, of_query) = _halves(train, workers, rng)
             own = _step(x[support] @ bases, y[support], of_support, start, rate, len(workers))
@@ -89,10 +88,9 @@ class Meta:
             each = torch.zeros(len(workers)).index_add(0, of_query, told) / torch.bincount(of_query)
             threshold = torch.sort(each.detach()).values[int((1 - TAIL) * len(each))]
             weight = torch.sigmoid((each - threshold) / GAMMA)
-            optimiser.zero_grad()
-            ((weight * each).mean() + precision / 2 * (bases - common).square().sum() / len(train)).backward()
-            optimiser.step()
-            schedule.step()
+            return (weight * each).mean() + precision / 2 * (bases - common).square().sum() / len(train)
+
+        adam(loss, [bases, start], RATE, STEPS)
         bases, start = bases.detach(), start.detach()
         return _FittedMeta(_stepped(train, bases, start, rate), bases.numpy(), start.numpy(), rate)
 

@@ -10,7 +10,7 @@ judged on their test votes; the shots of few are part of the shots of more. At e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.peers import Peer, chosen, inner_splits
 from benchmarks.peers.every import PEERS
 from benchmarks.peers.ours import Found
 from benchmarks.real import factor
+from benchmarks.settings import together
 from coterie.discovery import Votes
 from coterie.discovery.logistic import log_loss
 from coterie.discovery.votes import Array, one_thread
@@ -138,17 +139,9 @@ def found(fitted: Found) -> Figures:
     }
 
 
-def together(parts: Sequence[Votes]) -> Votes:
-    """Votes of the same workers as one set."""
-    columns = {
-        name: np.concatenate([getattr(votes, name) for votes in parts]) for name in ("x", "y", "worker", "prompt")
-    }
-    return Votes.of(**columns, n_workers=parts[0].n_workers)
-
-
-def turns(votes: Votes, rng: np.random.Generator) -> Array:
-    """The place of each vote [n] in a random order of its worker's votes, from 0."""
-    order = np.lexsort((rng.random(len(votes)), votes.worker))
+def turns(votes: Votes, rng: np.random.Generator, last: Array | float = 0.0) -> Array:
+    """The place of each vote [n] in a random order of its worker's votes, from 0; who is `last` [n] more comes later."""
+    order = np.lexsort((rng.random(len(votes)), np.broadcast_to(last, len(votes)), votes.worker))
     turn = np.empty(len(votes), np.intp)
     turn[order] = np.arange(len(votes)) - (np.cumsum(votes.counts) - votes.counts)[votes.worker]
     return turn

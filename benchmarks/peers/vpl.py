@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import LinearReward, Settings
-from benchmarks.peers.descent import losses
+from benchmarks.peers.descent import adam, losses
 from benchmarks.peers.pooled import common_reward
 from coterie.discovery import Votes
 from coterie.discovery.pooled import Reward
@@ -104,12 +104,11 @@ class Vpl:
             torch.manual_seed(seed)
             network = _Network(common.theta_)
             nn.init.normal_(network.taste[2].weight, std=0.01)
-            optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
             x, y, pairs = torch.from_numpy(train.x), torch.from_numpy(train.y), _oriented(train)
             voting, counts = np.flatnonzero(train.present), train.counts
             starts = np.cumsum(counts) - counts
-            for _ in range(steps):
+
+            def loss() -> Tensor:
                 workers = rng.choice(voting, min(_WORKERS, len(voting)), replace=False)
                 context, targets = (
                     starts[workers][:, None]
@@ -122,9 +121,8 @@ class Vpl:
                 z = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape)
                 logits = torch.einsum("bcd,bd->bc", x[targets], network.decode(z))
                 divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
-                optimiser.zero_grad()
                 prior = common.precision / 2 * network.theta.square().sum() / len(train)
-                (losses(logits, y[targets]).mean() + kl_weight * divergence + prior).backward()
-                optimiser.step()
-                schedule.step()
+                return losses(logits, y[targets]).mean() + kl_weight * divergence + prior
+
+            adam(loss, network.parameters(), RATE, steps, DECAY)
         return _FittedVpl(_rewards(network, train), network)

@@ -31,11 +31,11 @@ from benchmarks.peers.protocol import (
     confront,
     some_prompts,
     tallies,
-    together,
+    turns,
     worst_tenth,
 )
 from benchmarks.rows import Row, Task
-from benchmarks.settings import SETTINGS, UKP, draw
+from benchmarks.settings import SETTINGS, UKP, draw, together
 from benchmarks.study.data import FILES, available, ready, real
 from benchmarks.study.intervals import LEVEL, over_data_sets, over_splits
 from benchmarks.study.tables import Draw, Figures, grid, picture
@@ -222,10 +222,7 @@ def training(votes: Votes, free: Array, leaking: Array | None, most: Array, rng:
     size = np.minimum(votes.sum_by_worker(free.astype(float)), most)
     usable = free if leaking is None else free | leaking
     last = (~usable).astype(float) + (0 if leaking is None else 0.5 * ~leaking)
-    order = np.lexsort((rng.random(len(votes)), last, votes.worker))
-    place = np.empty(len(votes), np.intp)
-    place[order] = np.arange(len(votes)) - (np.cumsum(votes.counts) - votes.counts)[votes.worker]
-    return np.asarray(usable & (place < size[votes.worker]))
+    return np.asarray(usable & (turns(votes, rng, last) < size[votes.worker]))
 
 
 def _leaked(test: Votes, arms: dict[str, dict[str, Tally]], audience: str, bootstrap: TwoWayBootstrap) -> Figures:

@@ -6,9 +6,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.real import DATA, SOURCES
+from benchmarks.settings import together
 from coterie import stages
 from coterie.config import EmbedSettings, EncodeSettings, IngestSettings
 from coterie.contracts import TEST, TRAIN, VALIDATION
@@ -56,8 +55,4 @@ def real(name: str, seed: int) -> tuple[Votes, Votes]:
         path = Path(scratch) / stages.DIFFERENCES
         differences(comparisons, vectors, fit_features(comparisons, vectors, EmbedSettings()), path)
         train, *others = (load_votes(path, split) for split in (TRAIN, VALIDATION, TEST))
-    columns = {
-        column: np.concatenate([getattr(votes, column) for votes in others])
-        for column in ("x", "y", "worker", "prompt")
-    }
-    return train, Votes.of(**columns, n_workers=train.n_workers)
+    return train, together(others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -399,7 +399,7 @@ class VoteFile(VoteSet):
         return self.of_workers(np.arange(self.n_workers))
 
 
-def joined(parts: list[Votes], n_workers: int) -> Votes:
+def joined(parts: Sequence[Votes], n_workers: int) -> Votes:
     """Votes one after the other, whose workers have numbers of one numbering and ascend."""
     columns = ("x", "y", "worker", "prompt")
     x, y, worker, prompt = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)

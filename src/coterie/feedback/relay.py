@@ -39,9 +39,8 @@ UNPUBLISHED = Gauge(
 _AT_ONCE, _MOST_NEWS = 256, 10_000  # workers of a round, rows of the outbox that it looks at
 _REST, _LONGEST_REST = 3.0, 10.0  # pause after a round in times of what it took, and in seconds
 _EVERY = 0.5  # seconds between two looks, for what other routers stored and did not finish
-_AGAIN = (
-    300.0  # seconds between two replays: in a rollout, the router of the mixture before may have taken somebody's news
-)
+# Seconds between two replays: in a rollout, the router of the mixture before may have taken somebody's news.
+_AGAIN = 300.0
 _LONGEST_WAIT = 5.0  # seconds between two attempts
 _ASIDE = 60.0  # seconds for which a worker who cannot be done is left aside
 _TICK = timedelta(microseconds=1)

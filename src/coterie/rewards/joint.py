@@ -44,7 +44,8 @@ from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.lowrank import LowRankReward
 from coterie.discovery.votes import Votes, load_votes
 from coterie.errors import BadData
-from coterie.rewards.adapters import ADAPTER_WEIGHTS, HEAD_WEIGHT, train_on, trained_model
+from coterie.rewards.adapter_training import train_on, trained_model
+from coterie.rewards.adapters import ADAPTER_WEIGHTS, HEAD_WEIGHT
 from coterie.rewards.backbone import last_states, load_tokenizer, tokenized
 from coterie.rewards.examples import TextComparisons
 from coterie.rewards.heads import COTERIE_PRECISIONS, GLOBAL_PRECISIONS, Array, RewardHead

@@ -23,7 +23,7 @@ from coterie.contracts import (
 from coterie.discovery.embedding import EmbeddingReward
 from coterie.discovery.votes import Votes, load_votes
 from coterie.errors import BadConfiguration, BadData
-from coterie.rewards.adapters import train_adapter
+from coterie.rewards.adapter_training import train_adapter
 from coterie.rewards.heads import (
     SMALLEST_RESPONSIBILITY,
     Array,
